@@ -1,0 +1,89 @@
+"""The letters that name array dimensions, and the values that cross the seams between packages.
+
+Letters (`logits_TE` has shape [T, E]; jaxtyping signatures use the same letters):
+
+    T  tokens routed together (one group)      G  groups of tokens
+    E  experts                                 K  experts per token
+    C  capacity (slots per expert)             N  rows of an assignment (T * max_experts)
+    D  model width                             F  expert width
+    B  batch (examples)                        L  length (tokens of an example)
+    V  vocabulary or classes                   H  attention heads
+"""
+
+from typing import Any, NamedTuple, TypeAlias
+
+from jaxtyping import Array, Bool, Float, Int, Key
+
+Losses: TypeAlias = dict[str, Float[Array, "..."]]
+Metrics: TypeAlias = dict[str, Float[Array, "..."]]
+PyTree: TypeAlias = Any
+
+
+class Solution(NamedTuple):
+    """What an isotonic solver returns.
+
+    value: the solution, of the input's shape.
+    steps: iterations used (for Dykstra sweeps, of both projections each), int32, per problem.
+    residual: how far `value` still moves or violates its conditions, in the units of the input, per problem; 0 is exact.
+    """
+
+    value: Float[Array, "..."]
+    steps: Int[Array, "..."]
+    residual: Float[Array, "..."]
+
+
+class RouterInputs(NamedTuple):
+    """What a router may look at, for one group of T tokens. Only the logits are always there.
+
+    logits: one score per token and expert, float32.
+    tokens: the representations that the logits were computed from.
+    ids: token ids (hash routing).
+    mask: False marks padding, which is never routed and counts in no loss or metric.
+    """
+
+    logits: Float[Array, "T E"]
+    tokens: Float[Array, "T D"] | None = None
+    ids: Int[Array, "T"] | None = None
+    mask: Bool[Array, "T"] | None = None
+
+
+class Assignments(NamedTuple):
+    """Token-to-expert choices as N rows in queue order: where an expert's capacity ends, later rows overflow.
+
+    token: index of the token in its group. expert: index of the expert.
+    weight: combine weight, differentiable. valid: False marks a row that is not in use (its other fields are arbitrary,
+    though in range).
+    choices: how many choices the router made before `max_experts` cut any, >= sum(valid); what is missing is overflow.
+    """
+
+    token: Int[Array, "N"]
+    expert: Int[Array, "N"]
+    weight: Float[Array, "N"]
+    valid: Bool[Array, "N"]
+    choices: Int[Array, ""]
+
+
+class Slots(NamedTuple):
+    """Soft routing: every one of the E*C slots holds a mixture of tokens, and every token reads a mixture of slots.
+
+    dispatch: weight of each token in each slot. combine: weight of each slot's output in each token.
+    """
+
+    dispatch: Float[Array, "T E C"]
+    combine: Float[Array, "T E C"]
+
+
+class Routed(NamedTuple):
+    """What a router returns for one group.
+
+    routing: `Assignments` or `Slots`. losses: weighted, to be added to the training loss. metrics: unweighted scalars.
+    state: the router's state after this group (expert bias and the like); no gradient flows into it.
+    """
+
+    routing: Assignments | Slots
+    losses: Losses
+    metrics: Metrics
+    state: PyTree
+
+
+Keys: TypeAlias = Key[Array, "b"]
