@@ -1,0 +1,1 @@
+"""Float64 NumPy oracles, written from the papers and never from the code that they judge."""
