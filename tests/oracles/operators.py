@@ -2,7 +2,7 @@
 
 Sources: Sander, Puigcerver, Djolonga, Peyré, Blondel, "Fast, Differentiable and Sparse Top-k: a Convex Analysis
 Perspective" (ICML 2023, arXiv 2302.01425); Pietruszka, Borchmann, Graliński, "Successive Halving Top-k Operator"
-(AAAI 2021, arXiv 2010.15552); Goyal, Neubig, Dyer, Berg-Kirkpatrick (2017) for the iterative softmax.
+(AAAI 2021, arXiv 2010.15552); Goyal et al., "A Continuous Relaxation of Beam Search" (2017, arXiv 1708.00111).
 Everything acts on one vector, or on one set of n entries; a batch is a loop in the test. Inputs become float64.
 """
 
@@ -99,7 +99,7 @@ def pav(s: ArrayLike, w: ArrayLike, strength: float, p: float, magnitude: bool =
     """argmin over v_1 ≥ … ≥ v_n of Σ |s_i - v_i|^q / (q λ^(q-1)) + w_i φ(v_i), with q = p/(p-1), λ = strength.
 
     φ(v) = v, or v²/2 when `magnitude` (then w ≥ 0, or the problem is not convex). The order of s and w is taken as it
-    stands; s need not be sorted. Source: arXiv 2302.01425, section 4.2 and appendix; pool adjacent violators.
+    stands; s need not be sorted. Source: arXiv 2302.01425; pool adjacent violators.
     """
     values, _ = pav_with_residuals(s, w, strength, p, magnitude)
     return values
