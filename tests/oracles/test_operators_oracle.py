@@ -100,6 +100,22 @@ def test_two_forms_of_the_mask_agree(p, strength):
             assert np.all((y >= 0) & (y <= 1 + 1e-15))
 
 
+def test_mask_is_invariant_to_a_shift():
+    """In units of 2^-22: x = (0, -1, -1024), λ = 2048, k=1, p=2 pool at τ = (-1025 - 2048)/3.
+
+    On top of 3·2^29 the unit is the last bit, where the pool of the first two, at -1024.5, cannot be told from -1024.
+    """
+    x, strength = np.array([0, -1, -1024]) / 2**22, 2048 / 2**22
+    expected = np.array([3073 / 3, 3070 / 3, 1 / 3]) / 2048
+    np.testing.assert_allclose(operators.mask(x, 1, strength, 2.0), expected, rtol=1e-12)
+    np.testing.assert_allclose(operators.mask(x + 3 * 2.0**29, 1, strength, 2.0), expected, rtol=1e-12)
+
+
+def test_magnitude_at_extreme_ratios():
+    """(λ/x)^10 overflows where x = 10^-30, λ = 100, p = 1.1; the selected entry still returns exactly."""
+    np.testing.assert_allclose(operators.magnitude([1e-30, 0], 1, 100.0, 1.1), [1e-30, 0], rtol=1e-14)
+
+
 def test_magnitude_by_hand():
     """p=2, λ=1, x=(3, -2), k=1. Unpooled v = (3/2, 2) violates, so one block: v = 5/3 and y = (4/3, 1/3).
 

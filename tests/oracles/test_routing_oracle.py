@@ -110,10 +110,10 @@ def test_load_threshold_is_the_kth_noisy_logit():
 
 
 def test_load_balancing_loss_by_hand():
-    """f = (1, 2/3, 1/3), P = (.6, .2, .2), E/K = 3/2: 1.5 (.6 + .4/3 + .2/3) = 1.2. With K=1: 2.4."""
+    """f = (1, 2/3, 1/3), P = (.6, .2, .2), E/K = 3/2: 1.5 (.6 + .4/3 + .2/3) = 1.2. With K=3: .8."""
     selected = [[True, True, False], [True, True, False], [True, False, True]]
     assert routing.load_balancing_loss(PROBS, selected) == pytest.approx(1.2, rel=1e-14)
-    assert routing.load_balancing_loss(PROBS, selected, k=1) == pytest.approx(2.4, rel=1e-14)
+    assert routing.load_balancing_loss(PROBS, selected, k=3) == pytest.approx(0.8, rel=1e-14)
     assert routing.load_balancing_loss(np.full((2, 4), 0.25), np.eye(4, dtype=bool)[:2]) == 1
 
 
@@ -135,7 +135,7 @@ def test_entropies_by_hand():
         (10, 3, 2, 1.05, 4, 8),  # 7 exactly, then up to 8
         (4, 4, 1, 1.0, 4, 4),
         (4, 4, 1, 1.0, 1, 1),
-        (40, 1, 1, 1.1, 1, 44),  # 1.1 * 40 is 44.00000000000001 in floating point
+        (100, 1, 1, 1.1, 1, 110),  # 1.1 * 100 is 110.00000000000001 in floating point
         (5, 3, 1, 1.0, 1, 2),
     ],
 )
