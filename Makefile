@@ -1,0 +1,45 @@
+# `make train` and `make test` each work as the first command on a fresh machine with python3 (3.11 or newer), pip and make.
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+# Tests and the embedded default run on the CPU, also where a TPU runtime is installed.
+CPU := JAX_PLATFORMS=cpu
+STAMP := $(VENV)/.installed
+
+.PHONY: setup train test lint types test-unit test-nightly test-parity clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"python3 is {v[0]}.{v[1]}; this needs 3.11 or newer: make PYTHON=/path/to/python3.12 …" if v < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+train: setup
+	$(CPU) $(PY) train.py --config=configs/digits.py --workdir=runs/digits
+
+test: setup lint types test-unit
+
+lint: setup
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+types: setup
+	$(VENV)/bin/mypy
+
+test-unit: setup
+	$(CPU) $(PY) -m pytest -n 2 --dist worksteal -m 'not nightly and not parity'
+
+test-nightly: setup
+	$(CPU) $(PY) -m pytest -n 2 --dist worksteal -m nightly
+
+# Comparisons with other libraries; installs the extra where the registry has it, and says so where it doesn't.
+test-parity: setup
+	@if $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[parity]'; then \
+	  $(CPU) $(PY) -m pytest -m parity; \
+	else echo "test-parity: the extra 'parity' can't be installed here, so the comparisons with other libraries did not run"; fi
+
+clean:
+	rm -rf $(VENV) runs data

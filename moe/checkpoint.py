@@ -1,0 +1,102 @@
+"""Checkpoints, through Orbax: the training state and the position in the data, written in the background."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from moe.types import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """every: steps between checkpoints; the last step is always saved; 0: only the last. keep: newest ones to keep."""
+
+    every: int = 500
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.keep < 1:
+            raise ValueError(
+                f"checkpoint.every = {self.every} must not be negative, and checkpoint.keep = {self.keep} at least 1."
+            )
+
+
+class CheckpointError(Exception):
+    """A checkpoint is missing, damaged or of another model; the message is one sentence."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, a folder for each step. A save becomes visible only when it is complete."""
+
+    def __init__(self, folder: Path, keep: int | None = None) -> None:
+        """Keeps the `keep` newest when one is saved; None opens the folder for reading only."""
+        self.folder = folder.absolute()
+        reading = keep is None
+        if reading and not folder.is_dir():
+            raise CheckpointError(f"there are no checkpoints in {folder}: give the workdir of a training run.")
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=reading, create=not reading)
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "data"))
+
+    def steps(self) -> list[int]:
+        """Steps that have a complete checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: PyTree, data: dict[str, Any]) -> None:
+        """Starts to write `state` (arrays) and `data` (JSON); the copy from the devices is done on return."""
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
+        self._manager.save(step, args=items, force=True)
+
+    def restore(self, step: int, abstract_state: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        """State and data position of `step`; arrays take shape, type and sharding from `abstract_state`.
+
+        Raises CheckpointError if the checkpoint can't be read or holds another model's arrays.
+        """
+        try:
+            self._check_shapes(step, abstract_state)
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
+            restored = self._manager.restore(step, args=items)
+        except CheckpointError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise many kinds for the many ways a file can be damaged.
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"checkpoint {self.folder / str(step)} can't be read ({type(error).__name__}: {reason}): "
+                f"{self._others(step)}"
+            ) from error
+        return restored.state, restored.data
+
+    def _check_shapes(self, step: int, abstract_state: PyTree) -> None:
+        metadata = self._manager.item_metadata(step)["state"]
+        if metadata is None:
+            raise CheckpointError(f"checkpoint {self.folder / str(step)} holds no state: {self._others(step)}")
+        saved = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(metadata)}
+        wanted = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state)}
+        for name in sorted(saved.keys() | wanted.keys()):
+            if saved.get(name) != wanted.get(name):
+                raise CheckpointError(
+                    f"checkpoint {self.folder / str(step)} doesn't fit the config: it has {name} "
+                    f"{_describe(saved.get(name))}, the config asks for {_describe(wanted.get(name))}."
+                )
+
+    def _others(self, step: int) -> str:
+        others = [str(other) for other in self.steps() if other != step]
+        return f"the other steps here are {', '.join(others)}." if others else "it is the only one here."
+
+    def wait(self) -> None:
+        """Returns when every save is complete."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Completes every save and releases the folder."""
+        self._manager.close()
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _describe(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else f"of shape {tuple(shape)}"

@@ -1,0 +1,88 @@
+"""Command lines: flags and config overrides in, one sentence and an exit code out when something is wrong."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from absl import logging as absl_logging
+
+from moe.checkpoint import CheckpointError
+from moe.routers import ROUTERS
+
+USAGE, FAILURE = 2, 1
+
+
+class UsageError(Exception):
+    """The command can't be run as given; the message is one sentence with the remedy. Exit code 2."""
+
+
+class Failure(Exception):
+    """The command was right, but something it needs isn't there. Exit code 1."""
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turns a ValueError from reading and checking the command's input into a UsageError."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(" ".join(str(error).split())) from error
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see --help.")
+
+
+def make_parser(description: str, default_config: str) -> argparse.ArgumentParser:
+    """A parser whose --help ends with the configs beside `default_config` and the routers."""
+    configs = sorted(str(path) for path in Path(default_config).parent.glob("*.py"))
+    epilog = (
+        "Any field of the config can be set: --config.router.name=sparse_topk --config.mesh.expert=4\n\n"
+        f"configs: {', '.join(configs)}\nrouters: {', '.join(ROUTERS)}"
+    )
+    return _Parser(
+        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Flags, and the config overrides as "path=value". Raises UsageError for anything else."""
+    overrides: list[str] = []
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith(("--config.", "-config.")):
+            rest.append(word)
+            continue
+        assignment = word.split("config.", 1)[1]
+        if "=" not in assignment:
+            value = next(words, None)
+            if value is None:
+                raise UsageError(f"{word} needs a value: {word}=….")
+            assignment = f"{assignment}={value}"
+        overrides.append(assignment)
+    return parser.parse_args(rest), overrides
+
+
+def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
+    """Runs a program's `main` on the command line; a known error ends it with one sentence and no traceback."""
+    # What Orbax and tfds say at INFO and WARNING is about their own workings.
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    try:
+        main(sys.argv[1:])
+    except UsageError as error:
+        code, message = USAGE, str(error)
+    except (Failure, CheckpointError) as error:
+        code, message = FAILURE, str(error)
+    except OSError as error:
+        code, message = FAILURE, f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted; the same command goes on from the newest checkpoint."
+    else:
+        sys.exit(0)
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(code)

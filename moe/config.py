@@ -1,0 +1,214 @@
+"""From a config file and command-line overrides to frozen dataclasses, with every mistake named in one sentence."""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from moe import isotonic
+from moe.checkpoint import CheckpointConfig
+from moe.data.pipeline import DataConfig
+from moe.layers.moe import MoeConfig
+from moe.models import MODELS, ViTConfig
+from moe.optim import OptimizerConfig
+from moe.parallel.mesh import MeshConfig
+from moe.routers import ROUTERS, Router
+
+# A table that offers a choice of many: {"name": which, which: {its settings}, another: {its settings}}.
+CHOICES: Mapping[Any, Mapping[str, Any]] = {
+    Router: ROUTERS,
+    isotonic.Solver: isotonic.SOLVERS,
+    ViTConfig: {name: config_class for name, (config_class, _) in MODELS.items()},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A training run.
+
+    seed: of parameters, noise, data order and augmentation. steps: optimizer steps.
+    batch_size: examples per step, on all devices together. accumulation_steps: micro-batches that a step's batch is cut
+        into, to save memory. label_smoothing: share of the target spread over all classes.
+    log_every, evaluate_every: in steps; the last step is always logged and evaluated; 0: only the last.
+    """
+
+    seed: int
+    steps: int
+    batch_size: int
+    model: ViTConfig
+    moe: MoeConfig
+    router: Router
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    accumulation_steps: int = 1
+    label_smoothing: float = 0.0
+    log_every: int = 50
+    evaluate_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation_steps", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1.")
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"accumulation_steps = {self.accumulation_steps} must divide batch_size = {self.batch_size}."
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing = {self.label_smoothing} must lie in [0, 1).")
+
+
+def load_file(path: str) -> ml_collections.ConfigDict:
+    """Runs `get_config()` of a Python file. Raises ValueError if there is no such file or function."""
+    file = Path(path)
+    if not file.is_file():
+        nearby = sorted(str(other) for other in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        raise ValueError(f"there is no config file {path}" + (f"; there are {', '.join(nearby)}." if nearby else "."))
+    spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"config {path} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"config {path} has no function get_config() that returns an ml_collections.ConfigDict.")
+    return module.get_config()
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """The config as JSON, fields in alphabetical order."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> ml_collections.ConfigDict:
+    """The inverse of `to_json`, lists for tuples."""
+    return ml_collections.ConfigDict(json.loads(text))
+
+
+def override(config: ml_collections.ConfigDict, assignments: Iterable[str]) -> None:
+    """Sets fields from "path.to.field=value", each parsed as the type that the field has.
+
+    Raises ValueError for a field that the config doesn't have, or a value of another type.
+    """
+    for assignment in assignments:
+        path, _, text = assignment.partition("=")
+        *parents, name = path.split(".")
+        table = config
+        for depth, parent in enumerate(parents):
+            table = _field(table, parent, ".".join(parents[: depth + 1]))
+            if not isinstance(table, ml_collections.ConfigDict):
+                raise ValueError(
+                    f"config field {'.'.join(parents[: depth + 1])} is not a table; it has no field {name}."
+                )
+        with table.unlocked():
+            table[name] = _parse(text, _field(table, name, path), path)
+
+
+def _field(table: ml_collections.ConfigDict, name: str, path: str) -> Any:
+    if name not in table:
+        raise ValueError(_unknown(path, name, list(table)))
+    return table[name]
+
+
+def _unknown(path: str, name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return f"unknown config field '{path}': {hint}the fields there are {', '.join(sorted(known))}."
+
+
+def _parse(text: str, old: Any, path: str) -> Any:
+    kind = "a table" if isinstance(old, ml_collections.ConfigDict) else type(old).__name__
+    try:
+        match old:
+            case bool():
+                return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+            case int():
+                return int(text)
+            case float():
+                return float(Fraction(text)) if "/" in text else float(text)
+            case str():
+                return text
+            case tuple() | list():
+                return tuple(ast.literal_eval(text))
+    except (ValueError, KeyError, SyntaxError, TypeError, ZeroDivisionError):
+        pass
+    if isinstance(old, ml_collections.ConfigDict):
+        raise ValueError(f"config field {path} is a table: set one of its fields, {', '.join(sorted(old))}.")
+    raise ValueError(f"config field {path} = '{text}' must be of type {kind}, like its present value {old!r}.")
+
+
+def resolve(config: ml_collections.ConfigDict) -> Config:
+    """The frozen form that the rest of the code sees. Raises ValueError for an unknown, missing or unfit field."""
+    return _build(Config, config.to_dict(), "")
+
+
+def _build(kind: Any, table: Any, path: str) -> Any:
+    """An object of the annotated type `kind` from plain data."""
+    if kind in CHOICES:
+        return _choose(CHOICES[kind], table, path)
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, table, path)
+    return _check(kind, table, path)
+
+
+def _build_dataclass(kind: Any, table: Any, path: str) -> Any:
+    if not isinstance(table, Mapping):
+        raise ValueError(f"config field {path} = {table!r} must be a table.")
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name in table:
+        if name not in fields:
+            raise ValueError(_unknown(_join(path, name), name, list(fields)))
+    for name, field in fields.items():
+        if name not in table and field.default is dataclasses.MISSING:
+            raise ValueError(f"config field '{_join(path, name)}' is missing.")
+    return kind(**{name: _build(hints[name], value, _join(path, name)) for name, value in table.items()})  # type: ignore[operator]
+
+
+def _choose(options: Mapping[str, Any], table: Any, path: str) -> Any:
+    """The option that table["name"] names, from its own table and from the fields that all options share."""
+    if not isinstance(table, Mapping) or "name" not in table:
+        raise ValueError(f"config field '{_join(path, 'name')}' is missing: it must be one of {', '.join(options)}.")
+    name = table["name"]
+    if name not in options:
+        close = difflib.get_close_matches(str(name), list(options), n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise ValueError(f"unknown {path} '{name}': it must be one of {', '.join(options)}.{hint}")
+    shared = {key: value for key, value in table.items() if key != "name" and key not in options}
+    own = table.get(name, {})
+    twice = shared.keys() & own.keys()
+    if twice:
+        raise ValueError(f"config field '{min(twice)}' stands both in {path} and in {path}.{name}: keep one.")
+    return _build_dataclass(options[name], {**shared, **own}, path)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _check(kind: Any, value: Any, path: str) -> Any:
+    """`value` if it is of the annotated scalar or tuple type; ints serve as floats, lists as tuples."""
+    if typing.get_origin(kind) is typing.Literal:
+        options = typing.get_args(kind)
+        if value not in options:
+            raise ValueError(f"config field {path} = {value!r} must be one of {', '.join(map(repr, options))}.")
+        return value
+    if isinstance(kind, types.UnionType):
+        raise TypeError(f"config field {path} is annotated with a union, which configs can't express")
+    origin = typing.get_origin(kind) or kind
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(value)
+    if origin is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, origin) or (origin is int and isinstance(value, bool)):
+        raise ValueError(f"config field {path} = {value!r} must be of type {origin.__name__}.")
+    return value

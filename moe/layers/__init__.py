@@ -1,0 +1,1 @@
+"""Flax NNX modules: each owns parameters, names their logical axes, and calls pure functions."""

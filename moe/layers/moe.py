@@ -1,0 +1,146 @@
+"""The mixture-of-experts layer: router, dispatch, experts, combine."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Key
+
+from moe.layers.mlp import WEIGHT_AXES, Activation, init_mlp, mlp
+from moe.layers.param import RouterState, matrix
+from moe.ops.permute import capacity
+from moe.parallel.dispatch import dispatch
+from moe.parallel.mesh import Axes
+from moe.routers.base import Router
+from moe.routers.metrics import routing_metrics
+from moe.types import Losses, Metrics, PyTree, RouterInputs
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    """Settings of every MoE layer of a model.
+
+    num_experts: E. expert_width: F, hidden width of one expert.
+    group_size: examples routed together; capacity, priority and losses are per group. 0: the whole micro-batch.
+    capacity_factor: in training an expert has ⌈factor·T·k/E⌉ slots per group of T tokens, rounded up to a multiple of
+        4; evaluation never drops a token. 0: neither does training.
+    evaluation_capacity_factor: the same for evaluation, whose default 0 drops nothing.
+    """
+
+    num_experts: int = 8
+    expert_width: int = 128
+    group_size: int = 8
+    capacity_factor: float = 1.05
+    evaluation_capacity_factor: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "expert_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"moe.{name} = {getattr(self, name)} must be at least 1.")
+        for name in ("group_size", "capacity_factor", "evaluation_capacity_factor"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"moe.{name} = {getattr(self, name)} must not be negative.")
+
+
+class MoeOutput(NamedTuple):
+    """What an MoE layer returns: losses are weighted means over groups, metrics are scalars of this layer."""
+
+    y: Float[Array, "B L D"]
+    losses: Losses
+    metrics: Metrics
+    state: PyTree
+
+
+class Moe(nnx.Module):
+    """E experts behind a router, in place of a block's feed-forward network."""
+
+    def __init__(
+        self, width: int, config: MoeConfig, router: Router, activation: Activation, *, key: jax.Array
+    ) -> None:
+        self.config = config
+        self.router = router
+        self.activation = activation
+        key_gate, key_experts = jax.random.split(key)
+        self.w_gate = matrix(key_gate, (width, config.num_experts), ("embed", None), fan_in=width)
+        self.experts = nnx.Dict(init_mlp(key_experts, width, config.expert_width, activation, config.num_experts))
+        params, state = router.init(config.num_experts)
+        self.router_params = nnx.data(jax.tree.map(lambda v: nnx.Param(v, axes=(None,) * v.ndim), params))
+        self.router_state = nnx.data(jax.tree.map(lambda v: RouterState(v, axes=(None,) * v.ndim), state))
+
+    def __call__(
+        self,
+        x_BLD: Float[Array, "B L D"],
+        keys: Key[Array, "B"] | None,
+        mesh: Mesh,
+        mask: Bool[Array, "B"] | None = None,
+    ) -> MoeOutput:
+        """Routes the examples in groups.
+
+        keys: one per example in training, None in evaluation. mask: False marks an example that is only padding.
+        Raises ValueError where the group size doesn't divide the batch.
+        """
+        num_examples, length, width = x_BLD.shape
+        groups = group_count(num_examples, self.config.group_size)
+        x_GTD = x_BLD.reshape(groups, -1, width)
+        num_tokens = x_GTD.shape[1]
+        mask_B = jnp.ones(num_examples, bool) if mask is None else mask
+        mask_GT = jnp.broadcast_to(mask_B[:, None], (num_examples, length)).reshape(groups, num_tokens)
+
+        logits_GTE = jnp.einsum("GTD,DE->GTE", x_GTD.astype(jnp.float32), self.w_gate[...])
+        inputs = RouterInputs(logits_GTE, tokens=x_GTD, mask=mask_GT)
+        params, state = (jax.tree.map(_value, part, is_leaf=_is_variable) for part in self._router_variables())
+        group_keys = None if keys is None else keys.reshape(groups, -1)
+        routed = jax.vmap(self.router, in_axes=(None, 0, None, None if keys is None else 0))(
+            params, inputs, state, group_keys
+        )
+
+        weight_axes: dict[str, Axes] = {name: ("expert", *WEIGHT_AXES[name]) for name in self.experts}
+        y_GTD, kept_G = dispatch(
+            lambda weights, x: mlp(weights, x, self.activation),
+            {name: w[...] for name, w in self.experts.items()},
+            weight_axes,
+            x_GTD,
+            routed.routing,
+            num_experts=self.config.num_experts,
+            capacity=self._capacity(num_tokens, training=keys is not None),
+            mesh=mesh,
+        )
+        metrics = {name: jnp.mean(value) for name, value in routed.metrics.items()}
+        return MoeOutput(
+            y=y_GTD.reshape(x_BLD.shape),
+            losses={name: jnp.mean(value) for name, value in routed.losses.items()},
+            metrics=metrics | jax.lax.stop_gradient(routing_metrics(routed.routing, logits_GTE, mask_GT, kept_G)),
+            state=jax.tree.map(lambda leaf: jax.lax.stop_gradient(jnp.mean(leaf, axis=0)), routed.state),
+        )
+
+    def _router_variables(self) -> tuple[PyTree, PyTree]:
+        return self.router_params, self.router_state
+
+    def _capacity(self, num_tokens: int, *, training: bool) -> int:
+        factor = self.config.capacity_factor if training else self.config.evaluation_capacity_factor
+        if not factor:
+            return num_tokens
+        return capacity(factor, num_tokens, self.router.k, self.config.num_experts)
+
+
+def group_count(num_examples: int, group_size: int) -> int:
+    """Number of groups of `group_size` examples; 1 for a size of 0. Raises ValueError if some would be left over."""
+    if group_size == 0:
+        return 1
+    if num_examples % group_size:
+        raise ValueError(
+            f"moe.group_size = {group_size} examples doesn't divide a micro-batch of {num_examples}: choose a divisor, "
+            "or 0 for the whole micro-batch."
+        )
+    return num_examples // group_size
+
+
+def _is_variable(node: object) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def _value(variable: nnx.Variable) -> Array:
+    return variable[...]

@@ -1,0 +1,100 @@
+"""Vision transformer with mixture-of-experts blocks (V-MoE, Riquelme et al. 2021, arXiv 2106.05974)."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Key
+
+from moe.layers.block import Blocks, BlocksConfig, RouterOutputs, layer_norm
+from moe.layers.moe import MoeConfig
+from moe.layers.param import axes, matrix
+from moe.parallel.mesh import constrain_batch
+from moe.routers.base import Router
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig(BlocksConfig):
+    """The blocks, and what stands around them.
+
+    image_size: [height, width, channels] of an image. patch_size: pixels along the side of a square patch.
+    num_classes: width of the head.
+    """
+
+    image_size: tuple[int, ...] = (8, 8, 1)
+    patch_size: int = 2
+    num_classes: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.image_size) != 3:
+            raise ValueError(f"model.image_size = {self.image_size} must be height, width and channels.")
+        if any(side % self.patch_size for side in self.image_size[:2]):
+            raise ValueError(
+                f"model.patch_size = {self.patch_size} must divide the sides of model.image_size = {self.image_size}."
+            )
+
+    @property
+    def length(self) -> int:
+        """Tokens per image."""
+        return (self.image_size[0] // self.patch_size) * (self.image_size[1] // self.patch_size)
+
+
+class ModelOutput(NamedTuple):
+    """logits: float32, one score per class. routers: see `RouterOutputs`."""
+
+    logits: Float[Array, "B V"]
+    routers: RouterOutputs
+
+
+class VisionTransformer(nnx.Module):
+    """Patches, learned positions, pre-norm blocks, mean over tokens, linear head."""
+
+    def __init__(self, config: ViTConfig, moe: MoeConfig, router: Router, *, key: jax.Array) -> None:
+        self.config = config
+        key_patch, key_position, key_blocks, key_norm, key_head = jax.random.split(key, 5)
+        pixels = config.patch_size**2 * config.image_size[2]
+        self.w_patch = matrix(key_patch, (pixels, config.width), (None, "embed"), fan_in=pixels)
+        position = 0.02 * jax.random.normal(key_position, (config.length, config.width))
+        self.position = nnx.Param(position, axes=(None, "embed"))
+        self.blocks = Blocks(config, moe, router, key=key_blocks)
+        self.norm = layer_norm(config, key_norm)
+        self.head = nnx.Linear(
+            config.width,
+            config.num_classes,
+            kernel_init=nnx.initializers.zeros_init(),
+            kernel_metadata=axes("embed", None),
+            bias_metadata=axes(None),
+            rngs=nnx.Rngs(key_head),
+        )
+
+    def __call__(
+        self,
+        image: Float[Array, "B h w c"],
+        *,
+        keys: Key[Array, "B"] | None,
+        mesh: Mesh,
+        mask: Bool[Array, "B"] | None = None,
+    ) -> ModelOutput:
+        """Classifies the images; keys are given in training only, one per image; see `Moe` for the mask."""
+        if image.shape[1:] != tuple(self.config.image_size):
+            raise ValueError(
+                f"images of shape {image.shape[1:]} don't fit model.image_size = {self.config.image_size}."
+            )
+        dtype = jnp.dtype(self.config.dtype)
+        patch_BLp = patches(image, self.config.patch_size).astype(dtype)
+        x_BLD = jnp.einsum("BLp,pD->BLD", patch_BLp, self.w_patch[...].astype(dtype))
+        x_BLD = constrain_batch(x_BLD + self.position[...].astype(dtype)[None], mesh)
+        x_BLD, routers = self.blocks(x_BLD, keys, mesh, mask)
+        pooled_BD = jnp.mean(self.norm(x_BLD), axis=1, dtype=jnp.float32)
+        return ModelOutput(self.head(pooled_BD), routers)
+
+
+def patches(image: Float[Array, "B h w c"], size: int) -> Float[Array, "B L p"]:
+    """Cuts images into squares of `size` pixels, row by row, and flattens each."""
+    batch, height, width, channels = image.shape
+    grid = image.reshape(batch, height // size, size, width // size, size, channels)
+    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * channels)

@@ -1,0 +1,86 @@
+"""Moves tokens into expert slots and back, by index, without a [T, E, C] tensor."""
+
+import math
+from fractions import Fraction
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moe.types import Assignments, Slots
+
+
+class Queues(NamedTuple):
+    """Who sits in each of the S = E*C slots; slot e*C + c is place c of expert e.
+
+    token: index of the token, T where the slot is empty. weight: its combine weight, 0 where empty.
+    """
+
+    token: Int[Array, "S"]
+    weight: Float[Array, "S"]
+
+
+def capacity(factor: float, num_tokens: int, k: int, num_experts: int) -> int:
+    """Slots per expert: ⌈factor·T·k/E⌉ rounded up to a multiple of 4 (V-MoE), and never more than T.
+
+    Raises ValueError unless factor > 0.
+    """
+    if not factor > 0:
+        raise ValueError(f"capacity_factor = {factor} must be positive.")
+    exact = math.ceil(Fraction(str(factor)) * num_tokens * k / num_experts)
+    return min(-(-exact // 4) * 4, num_tokens)
+
+
+def places(expert_N: Int[Array, "N"], valid_N: Bool[Array, "N"], num_experts: int) -> Int[Array, "N"]:
+    """Place of each row in its expert's queue, counted over the valid rows before it."""
+    asks_NE = (expert_N[:, None] == jnp.arange(num_experts)) & valid_N[:, None]
+    before_NE = jnp.cumsum(asks_NE, axis=0, dtype=jnp.int32) - asks_NE
+    return jnp.take_along_axis(before_NE, expert_N[:, None], axis=1)[:, 0]
+
+
+def fill_queues(
+    assignments: Assignments, num_tokens: int, num_experts: int, num_places: int
+) -> tuple[Queues, Int[Array, ""]]:
+    """Seats the rows in order; a row that comes to a queue of `num_places` already seated overflows.
+
+    Also returns the number of rows that found a place.
+    """
+    num_rows = assignments.token.shape[0]
+    num_slots = num_experts * num_places
+    place_N = places(assignments.expert, assignments.valid, num_experts)
+    seated_N = assignments.valid & (place_N < num_places)
+    slot_N = jnp.where(seated_N, assignments.expert * num_places + place_N, num_slots)
+    row_S = jnp.full(num_slots, num_rows, jnp.int32).at[slot_N].set(jnp.arange(num_rows, dtype=jnp.int32), mode="drop")
+    queues = Queues(
+        token=assignments.token.at[row_S].get(mode="fill", fill_value=num_tokens),
+        weight=assignments.weight.at[row_S].get(mode="fill", fill_value=0.0),
+    )
+    return queues, jnp.sum(seated_N, dtype=jnp.int32)
+
+
+def seat(
+    routing: Assignments | Slots, num_tokens: int, num_experts: int, num_places: int
+) -> tuple[Queues | Slots, Int[Array, ""]]:
+    """The slots of one group, and how many choices found a place; soft slots are seats already, and drop nothing."""
+    if isinstance(routing, Slots):
+        return routing, jnp.int32(num_tokens * num_experts)
+    return fill_queues(routing, num_tokens, num_experts, num_places)
+
+
+def into_slots(x_TD: Float[Array, "T D"], seats: Queues | Slots) -> Float[Array, "S D"]:
+    """What each slot holds: its token, zeros where it is empty; for soft slots the dispatch-weighted sum of tokens."""
+    if isinstance(seats, Slots):
+        dispatch_TS = seats.dispatch.reshape(x_TD.shape[0], -1)
+        return jnp.einsum("TS,TD->SD", dispatch_TS, x_TD.astype(jnp.float32)).astype(x_TD.dtype)
+    return x_TD.at[seats.token].get(mode="fill", fill_value=0)
+
+
+def from_slots(y_SD: Float[Array, "S D"], seats: Queues | Slots, num_tokens: int) -> Float[Array, "T D"]:
+    """Adds up each token's slots by combine weight, in float32; a token without a slot gets zeros."""
+    y_f32_SD = y_SD.astype(jnp.float32)
+    if isinstance(seats, Slots):
+        total_TD = jnp.einsum("TS,SD->TD", seats.combine.reshape(num_tokens, -1), y_f32_SD)
+    else:
+        zeros_TD = jnp.zeros((num_tokens, y_SD.shape[-1]), jnp.float32)
+        total_TD = zeros_TD.at[seats.token].add(y_f32_SD * seats.weight[:, None], mode="drop")
+    return total_TD.astype(y_SD.dtype)

@@ -1,0 +1,1 @@
+"""The device mesh, the map from logical to mesh axes, and dispatch across devices."""

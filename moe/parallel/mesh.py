@@ -1,0 +1,108 @@
+"""The mesh of devices, and the one table that maps logical axes of arrays to its axes."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moe.types import PyTree
+
+# Axes of the mesh: replicas of everything; replicas with sharded parameters; experts; pieces of one matrix.
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+
+# Examples spread over every axis on which the computation outside the experts would otherwise be repeated.
+BATCH_AXES = ("data", "fsdp", "expert")
+
+# Logical axis of a parameter, named where the parameter is born -> mesh axis.
+LOGICAL_AXES: Mapping[str, str | None] = {
+    "layers": None,
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "expert": "expert",
+}
+
+Axes = tuple[str | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Size of each mesh axis; one of them may be -1, for all devices that the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices` (all by default). Raises ValueError if its sizes don't multiply to their number."""
+    devices = jax.devices() if devices is None else devices
+    sizes = dataclasses.asdict(config)
+    wrong = {axis: size for axis, size in sizes.items() if size < 1 and size != -1}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if wrong or len(free) > 1:
+        raise ValueError(f"mesh sizes {sizes} must be positive, with at most one -1 for the devices left over.")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if free:
+        sizes[free[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices):
+        product = " × ".join(f"{axis}={size}" for axis, size in dataclasses.asdict(config).items())
+        raise ValueError(
+            f"mesh {product} doesn't fill the {len(devices)} devices here: choose sizes whose product is {len(devices)}."
+        )
+    shape = tuple(sizes[axis] for axis in MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Number of pieces that a batch is cut into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis over every batch axis of the mesh."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain_batch(x: jax.Array, mesh: Mesh) -> jax.Array:
+    """Tells the partitioner that the leading axis of x is the batch."""
+    return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+
+def partition_spec(axes: Axes) -> PartitionSpec:
+    """Maps logical axes to mesh axes. Raises ValueError for an unknown name, or two that share a mesh axis."""
+    unknown = [axis for axis in axes if axis is not None and axis not in LOGICAL_AXES]
+    if unknown:
+        raise ValueError(f"logical axis {unknown[0]!r} is not one of {', '.join(LOGICAL_AXES)}.")
+    mapped = [LOGICAL_AXES[axis] if axis is not None else None for axis in axes]
+    used = [axis for axis in mapped if axis is not None]
+    if len(used) != len(set(used)):
+        raise ValueError(f"logical axes {axes} map to mesh axes {mapped}: a mesh axis can be used only once.")
+    return PartitionSpec(*mapped)
+
+
+def param_shardings(abstract: PyTree, axes: PyTree, mesh: Mesh) -> PyTree:
+    """NamedSharding of every parameter; `axes` has the tree of `abstract`, with a tuple of logical axes at each leaf.
+
+    Raises ValueError where a mesh axis doesn't divide the dimension laid along it.
+    """
+
+    def one(path: tuple, leaf: jax.ShapeDtypeStruct, leaf_axes: Axes) -> NamedSharding:
+        spec = partition_spec(leaf_axes)
+        for size, mesh_axis, axis in zip(leaf.shape, spec, leaf_axes, strict=True):
+            if mesh_axis is not None and size % mesh.shape[mesh_axis]:
+                raise ValueError(
+                    f"mesh.{mesh_axis} = {mesh.shape[mesh_axis]} doesn't divide the {size} entries of axis '{axis}' "
+                    f"of parameter {jax.tree_util.keystr(path, simple=True, separator='/')}."
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(one, abstract, axes)

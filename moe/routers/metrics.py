@@ -1,0 +1,47 @@
+"""What a routing did, measured the same way for every router, over all groups of a batch."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moe.routers.losses import entropy
+from moe.types import Assignments, Metrics, Slots
+
+
+def expert_load(routing: Assignments | Slots, num_experts: int) -> Float[Array, "E"]:
+    """Number of rows that ask for each expert, before capacity, over all groups (leading axes).
+
+    For soft slots, the dispatch weight that lies in each expert's slots.
+    """
+    if isinstance(routing, Slots):
+        return jnp.sum(routing.dispatch, axis=(0, 1, 3))
+    # A one-hot sum, not a scatter: the groups may lie on several devices.
+    asked = (routing.expert[..., None] == jnp.arange(num_experts)) & routing.valid[..., None]
+    return jnp.sum(asked, axis=tuple(range(asked.ndim - 1)), dtype=jnp.float32)
+
+
+def routing_metrics(
+    routing: Assignments | Slots,
+    logits_GTE: Float[Array, "G T E"],
+    mask_GT: Bool[Array, "G T"],
+    kept_G: Int[Array, "G"],
+) -> Metrics:
+    """The metrics that every router has, as scalars over the batch.
+
+    load_max_to_mean: largest expert load over the mean load; 1 at balance, E when one expert has everything.
+    dead_experts: experts that no token asked for.
+    entropy: mean over tokens of the entropy of softmax(logits), in nats; log E at uniform, 0 when collapsed.
+    overflow: fraction of the router's choices that were dropped, by `max_experts` or capacity; `kept_G` were not.
+    experts_per_token: choices per token.
+    """
+    num_tokens, num_experts = logits_GTE.shape[1:]
+    load_E = expert_load(routing, num_experts)
+    choices_G = routing.choices if isinstance(routing, Assignments) else jnp.full_like(kept_G, num_tokens * num_experts)
+    choices = jnp.maximum(jnp.sum(choices_G), 1).astype(jnp.float32)
+    tokens = jnp.maximum(jnp.sum(mask_GT), 1).astype(jnp.float32)
+    return {
+        "load_max_to_mean": jnp.max(load_E) / jnp.maximum(jnp.mean(load_E), jnp.finfo(jnp.float32).tiny),
+        "dead_experts": jnp.sum(load_E == 0, dtype=jnp.float32),
+        "entropy": entropy(logits_GTE.reshape(-1, num_experts), mask_GT.reshape(-1)),
+        "overflow": 1 - jnp.sum(kept_G).astype(jnp.float32) / choices,
+        "experts_per_token": choices / tokens,
+    }

@@ -1,0 +1,18 @@
+"""Every test sees eight simulated devices, shapes checked against signatures, and no rank promotion."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+install_import_hook("moe", "beartype.beartype")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def eight_devices() -> None:
+    assert jax.device_count() == 8

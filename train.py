@@ -1,0 +1,265 @@
+"""Trains a mixture-of-experts model.
+
+    python train.py --config=configs/digits.py --workdir=runs/digits [--config.router.name=sparse_topk …]
+
+The same command again goes on from the newest checkpoint of the workdir.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from moe import cli
+from moe import config as config_lib
+from moe.checkpoint import Checkpoints
+from moe.config import Config
+from moe.data.pipeline import Batch, inspect_data, make_eval_batches, make_train_iterator
+from moe.evaluation import evaluate
+from moe.layers.moe import group_count
+from moe.metrics import MetricsWriter, Progress, flatten, params_sha256, per_layer, write_json
+from moe.models import Variables, make_model
+from moe.optim import make_optimizer
+from moe.parallel.mesh import batch_sharding, batch_shards, constrain_batch, make_mesh, param_shardings, replicated
+from moe.types import PyTree
+from moe.workdir import open_workdir
+
+DEFAULT_CONFIG = "configs/digits.py"
+
+
+class TrainState(NamedTuple):
+    """Everything that a checkpoint holds besides the position in the data. key: raw data of the run's random key."""
+
+    step: jax.Array
+    variables: Variables
+    opt_state: PyTree
+    key: jax.Array
+
+
+class Step(NamedTuple):
+    """The programs of a run, jitted for its mesh.
+
+    init(key) -> state, born sharded. train(state, batch) -> state, metrics. predict(variables, batch) -> logits.
+    abstract_state, abstract_batch: shapes, types and shardings of what `train` takes.
+    """
+
+    init: Any
+    train: Any
+    predict: Callable[[Variables, Batch], jax.Array]
+    abstract_state: TrainState
+    abstract_batch: dict[str, jax.ShapeDtypeStruct]
+
+
+def make_step(config: Config, mesh: Mesh) -> Step:
+    """Builds the programs without running anything. Raises ValueError where config, batch and mesh don't fit."""
+    shards, micro_batch = batch_shards(mesh), config.batch_size // config.accumulation_steps
+    if micro_batch % shards:
+        raise ValueError(
+            f"a micro-batch of {micro_batch} examples (batch_size / accumulation_steps) can't be shared by the "
+            f"{shards} devices along data × fsdp × expert: choose a multiple of {shards}."
+        )
+    group_count(micro_batch, config.moe.group_size)
+    model = make_model(config.model, config.moe, config.router)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+
+    def init(key: jax.Array) -> TrainState:
+        key_variables, key_run = jax.random.split(key)
+        variables = model.init(key_variables)
+        opt_state = optimizer.init(variables.params)
+        return TrainState(jnp.zeros((), jnp.int32), variables, opt_state, jax.random.key_data(key_run))
+
+    def loss_fn(params: PyTree, router_state: PyTree, batch: Batch, keys: jax.Array) -> tuple[jax.Array, PyTree]:
+        output = model.apply(Variables(params, router_state), batch["image"], keys=keys, mesh=mesh)
+        targets = jax.nn.one_hot(batch["label"], config.model.num_classes)
+        targets = optax.smooth_labels(targets, config.label_smoothing)
+        cross_entropy = jnp.mean(optax.softmax_cross_entropy(output.logits, targets))
+        router_losses = {name: jnp.sum(values) for name, values in output.routers.losses.items()}
+        loss = cross_entropy + sum(router_losses.values())
+        accuracy = jnp.mean(jnp.argmax(output.logits, axis=-1) == batch["label"], dtype=jnp.float32)
+        scalars = {"loss": loss, "cross_entropy": cross_entropy, "accuracy": accuracy}
+        return loss, ({"train": scalars, "router": router_losses, "moe": output.routers.metrics}, output.routers.state)
+
+    def train(state: TrainState, batch: Batch) -> tuple[TrainState, PyTree]:
+        # Noise belongs to an example's place in the global batch, whatever the mesh and the micro-batches.
+        step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, jnp.arange(config.batch_size))
+        params, router_state = state.variables
+
+        def accumulate(total: PyTree, micro: tuple[Batch, jax.Array]) -> tuple[PyTree, None]:
+            examples, micro_keys = jax.tree.map(lambda x: constrain_batch(x, mesh), micro)
+            return jax.tree.map(jnp.add, total, gradient_fn(params, router_state, examples, micro_keys)), None
+
+        gradient_fn = jax.grad(loss_fn, has_aux=True)
+        count = config.accumulation_steps
+        if count == 1:
+            gradient, aux = gradient_fn(params, router_state, batch, keys)
+        else:
+            # Every mean over the batch is the mean of the micro-batches' means, since these are equally large.
+            micros = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), (batch, keys))
+            shapes = jax.eval_shape(gradient_fn, params, router_state, *jax.tree.map(lambda x: x[0], micros))
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            total, _ = jax.lax.scan(accumulate, zeros, micros)
+            gradient, aux = jax.tree.map(lambda x: x / count, total)
+        metrics, router_state = aux
+
+        updates, opt_state = optimizer.update(gradient, state.opt_state, params)
+        params = optax.apply_updates(params, updates)
+        metrics["train"]["gradient_norm"] = optax.global_norm(gradient)
+        return TrainState(state.step + 1, Variables(params, router_state), opt_state, state.key), metrics
+
+    def logits(variables: Variables, image: jax.Array, mask: jax.Array) -> jax.Array:
+        return model.apply(variables, image, keys=None, mesh=mesh, mask=mask).logits
+
+    abstract = jax.eval_shape(init, jax.random.key(config.seed))
+    shardings = state_shardings(abstract, model.axes, optimizer, mesh)
+    rows = batch_sharding(mesh)
+    abstract_batch = {
+        "image": jax.ShapeDtypeStruct((config.batch_size, *config.model.image_size), jnp.float32, sharding=rows),
+        "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=rows),
+    }
+    predict = jax.jit(logits, in_shardings=(shardings.variables, rows, rows), out_shardings=replicated(mesh))
+    return Step(
+        init=jax.jit(init, out_shardings=shardings),
+        train=jax.jit(train, donate_argnums=0, in_shardings=(shardings, rows), out_shardings=(shardings, None)),
+        predict=lambda variables, batch: predict(variables, *to_devices(batch, ("image", "mask"), mesh).values()),
+        abstract_state=jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+        ),
+        abstract_batch=abstract_batch,
+    )
+
+
+def state_shardings(
+    abstract: TrainState, axes: Variables, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shardings of a whole state: the optimizer's moments lie where their parameters lie, the rest everywhere."""
+    variables = Variables(*(param_shardings(*pair, mesh) for pair in zip(abstract.variables, axes, strict=True)))
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        abstract.opt_state,
+        variables.params,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    return TrainState(replicated(mesh), variables, opt_state, replicated(mesh))
+
+
+def to_devices(batch: Batch, names: Sequence[str], mesh: Mesh) -> dict[str, jax.Array]:
+    """The named arrays of this host's rows, as rows of global arrays."""
+    return {name: jax.make_array_from_process_local_data(batch_sharding(mesh), batch[name]) for name in names}
+
+
+def check_data(config: Config) -> None:
+    """Raises ValueError if the data don't fit the model."""
+    info = inspect_data(config.data)
+    if info.classes != config.model.num_classes or info.image_shape != config.model.image_size:
+        raise ValueError(
+            f"data set {config.data.name} has {info.classes} classes and images of {info.image_shape}, but "
+            f"model.num_classes = {config.model.num_classes} and model.image_size = {config.model.image_size}."
+        )
+
+
+def restore_newest(checkpoints: Checkpoints, step: Step) -> tuple[TrainState, dict[str, Any]] | None:
+    """The newest state and data position, or None where the run is to begin. A damaged one is an error, not a start."""
+    steps = checkpoints.steps()
+    if not steps:
+        return None
+    state, data = checkpoints.restore(steps[-1], step.abstract_state)
+    print(f"resuming from step {steps[-1]}")
+    return state, data
+
+
+def train(config: Config, workdir: Path) -> dict[str, Any]:
+    """Trains from the newest checkpoint of the workdir to the last step; returns what result.json holds."""
+    with cli.usage_errors():
+        mesh = make_mesh(config.mesh)
+        check_data(config)
+        hosts = (jax.process_index(), jax.process_count())
+        examples = make_train_iterator(config.data, config.batch_size, config.seed, *hosts)
+        test_batches = make_eval_batches(config.data, "test", config.batch_size, *hosts)
+        step = make_step(config, mesh)
+        lowered = step.train.lower(step.abstract_state, step.abstract_batch)
+    train_step = lowered.compile()
+
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    restored = restore_newest(checkpoints, step)
+    if restored is None:
+        state = step.init(jax.random.key(config.seed))
+    else:
+        state, position = restored
+        examples.set_state(position)
+    start = int(state.step)
+
+    writer, progress = MetricsWriter(workdir, start), Progress(config.steps, start)
+    logged_at, logged_step = time.monotonic(), start
+    test: dict[str, float] = {}
+    for index in range(start + 1, config.steps + 1):
+        state, metrics = train_step(state, to_devices(next(examples), ("image", "label"), mesh))
+        progress.advance()
+        if is_due(index, config.log_every, config.steps):
+            values = log_values(jax.device_get(metrics), config)
+            values["examples_per_second"] = (index - logged_step) * config.batch_size / (time.monotonic() - logged_at)
+            writer.write(index, values)
+            progress.log(index, values["train/loss"], values["examples_per_second"])
+            logged_at, logged_step = time.monotonic(), index
+        if is_due(index, config.checkpoint.every, config.steps):
+            checkpoints.save(index, state, examples.get_state())
+        if is_due(index, config.evaluate_every, config.steps):
+            test = evaluate(step.predict, state.variables, test_batches)
+            writer.write(index, flatten(test, "test"))
+    progress.close()
+    writer.close()
+    checkpoints.close()
+
+    test = test or evaluate(step.predict, state.variables, test_batches)
+    result = {
+        "step": int(state.step),
+        **flatten(test, "test"),
+        "params/sha256": params_sha256(state.variables.params),
+    }
+    write_json(workdir / "result.json", result)
+    return result
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Every so many steps, and after the last; only then if `every` is 0."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def log_values(metrics: dict[str, Any], config: Config) -> dict[str, float]:
+    """One flat table: train/…, router/… (weighted losses, added up over layers), moe/layer_N/…."""
+    every = config.model.moe_every
+    return {
+        **flatten(metrics["train"], "train"),
+        **flatten(metrics["router"], "router"),
+        **flatten(per_layer(metrics["moe"], first=every - 1, every=every), "moe"),
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command line."""
+    parser = cli.make_parser(__doc__ or "", DEFAULT_CONFIG)
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help="config file (default: %(default)s)")
+    parser.add_argument("--workdir", help="folder of the run (default: runs/ and the config's name)")
+    arguments, overrides = cli.parse(parser, argv)
+    with cli.usage_errors():
+        table = config_lib.load_file(arguments.config)
+        config_lib.override(table, overrides)
+        config = config_lib.resolve(table)
+        workdir = Path(arguments.workdir or f"runs/{Path(arguments.config).stem}")
+        for difference in open_workdir(workdir, table):
+            print(f"the config differs from the one that began this run: {difference}")
+    result = train(config, workdir)
+    print(f"test accuracy {result['test/accuracy']:.4f}, test loss {result['test/loss']:.4f}")
+    print(f"checkpoint: {workdir / 'checkpoints' / str(result['step'])}")
+    print(f"evaluate it: {Path(sys.executable)} evaluate.py --workdir={workdir}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
