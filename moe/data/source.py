@@ -1,0 +1,192 @@
+"""From the name of a data set to one split of it, prepared on disk and read at random."""
+
+import contextlib
+import functools
+import io
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import Float32, Int, Int32
+from tensorflow_datasets.core import read_only_builder
+
+from moe.data.digits import Digits
+
+# Sets that this package can write by itself; any other has to be prepared before with tfds's own tools.
+BUILDERS: Mapping[str, type[tfds.core.GeneratorBasedBuilder]] = {"digits": Digits}
+
+
+def resolve_data_dir(data_dir: str = "") -> str:
+    """The folder of all data sets: `data_dir`; if empty, $TFDS_DATA_DIR; if unset, `data` in the current folder."""
+    return os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR", "") or "data")
+
+
+def prepare(name: str, data_dir: str) -> None:
+    """Writes the set `name` of `BUILDERS` under `data_dir`, unless it is there.
+
+    Any number of processes, on any hosts that share the folder, may do so at once: each writes a folder of its own
+    inside `data_dir` and renames it into place; the first one wins and the others discard theirs.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    target = pathlib.Path(BUILDERS[name](data_dir=data_dir).data_dir)
+    if target.is_dir():
+        return
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        private = tempfile.mkdtemp(prefix=f".{name}-", dir=data_dir)
+    except OSError as error:
+        raise OSError(
+            f"cannot write data set {name!r} under {data_dir} ({error.strerror}): set TFDS_DATA_DIR or "
+            "data.data_dir to a folder that you may write to"
+        ) from error
+    try:
+        # tfds prints progress bars and a banner, even for a set that takes a second.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            BUILDERS[name](data_dir=private, file_format="array_record").download_and_prepare()
+        try:
+            (private / target.relative_to(data_dir)).rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
+
+
+def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    """The builder of a set that is prepared under `data_dir`; the sets of `BUILDERS` are prepared first.
+
+    `name` is as tfds writes it, "name", "name/config" or "name:version". Other sets are read from their files alone, so
+    that neither the code that wrote them nor TensorFlow is needed.
+
+    Raises:
+        ValueError: no such set is prepared there.
+        OSError: a set of `BUILDERS` cannot be written there.
+    """
+    if name in BUILDERS:
+        prepare(name, data_dir)
+        return BUILDERS[name](data_dir=data_dir)
+    try:
+        return read_only_builder.builder_from_files(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        raise ValueError(
+            f"data set {name!r} is neither built in ({', '.join(BUILDERS)}) nor prepared under {data_dir}: correct "
+            f"data.name or data.data_dir, or prepare it with `tfds build {name} --data_dir={data_dir} "
+            "--file_format=array_record`"
+        ) from error
+
+
+class ImageSplit:
+    """One split of an image classification set, prepared on disk, whose examples can be read in any order.
+
+    Pixels are divided by the largest value that the set knows (`pixel_max` of its metadata, else the largest of an
+    integer dtype, else 1); an image of another size is cropped to its central square and resized.
+    """
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, size: int, in_memory: bool = False) -> None:
+        """Opens `split` of a prepared set.
+
+        Args:
+            builder: the set.
+            split: name of a split, or a slice of one in tfds's notation, such as "train[:90%]".
+            size: height and width of the images.
+            in_memory: whether to decode all of it now and hold it.
+
+        Raises:
+            ValueError: the split is unknown or empty, the set lacks images or labels, or is stored for reading in order
+                only.
+        """
+        info = builder.info
+        missing = {"image", "label"} - set(info.features)
+        if missing:
+            raise ValueError(
+                f"data set {info.full_name} has no feature {' or '.join(sorted(missing))} (it has "
+                f"{', '.join(info.features)}): choose an image classification set in data.name"
+            )
+        self._name = f"{info.full_name}[{split}]"
+        self._size = size
+        self._pixel_max = _pixel_max(info)
+        self._examples = _open(builder, split)
+        self._held = self._decode(np.arange(len(self._examples))) if in_memory else None
+
+    def __len__(self) -> int:
+        """How many examples the split holds."""
+        return len(self._examples)
+
+    def __repr__(self) -> str:
+        """The set, its version, the split and the size of the images."""
+        return f"ImageSplit({self._name}, size={self._size})"
+
+    def read(self, index: Int[np.ndarray, "B"]) -> tuple[Float32[np.ndarray, "B h w c"], Int32[np.ndarray, "B"]]:
+        """The images, float32 in [0, 1], and labels, int32, of the examples at these places of the split."""
+        if self._held is None:
+            return self._decode(index)
+        images, labels = self._held
+        return images[index], labels[index]
+
+    def _decode(self, index: Int[np.ndarray, "B"]) -> tuple[Float32[np.ndarray, "B h w c"], Int32[np.ndarray, "B"]]:
+        examples = self._examples.__getitems__(index.tolist())
+        images = np.stack(
+            [resize(_with_channels(example["image"]) / self._pixel_max, self._size) for example in examples]
+        )
+        return images, np.array([example["label"] for example in examples], np.int32)
+
+
+def _open(builder: tfds.core.DatasetBuilder, split: str) -> Any:
+    """The split as tfds reads it at random, with ValueErrors as `ImageSplit` promises."""
+    info = builder.info
+    try:
+        return builder.as_data_source(split)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"data set {info.full_name} is stored as {info.file_format.value}, which cannot be read at random: "
+            "prepare it again with --file_format=array_record"
+        ) from error
+    except ValueError as error:
+        sizes = ", ".join(f"{name} ({part.num_examples})" for name, part in info.splits.items())
+        raise ValueError(
+            f"data set {info.full_name} has no split {split!r}, or it is empty: choose one of {sizes} or a slice of one"
+        ) from error
+
+
+def _with_channels(image: np.ndarray) -> Float32[np.ndarray, "h w c"]:
+    """The image as float32; tfds stores some grey images without a dimension for channels."""
+    return np.asarray(image, np.float32).reshape(*image.shape[:2], -1)
+
+
+def _pixel_max(info: tfds.core.DatasetInfo) -> np.float32:
+    dtype = np.dtype(info.features["image"].np_dtype)
+    largest = np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1
+    return np.float32((info.metadata or {}).get("pixel_max", largest))
+
+
+def resize(image: Float32[np.ndarray, "h w c"], size: int) -> Float32[np.ndarray, "{size} {size} c"]:
+    """The central square of `image`, resampled linearly to `size`, with the filter widened when the image shrinks.
+
+    The filter is a triangle whose half-width is max(1, source pixels per target pixel), and whose weights sum to one at
+    the border too. An image of that size comes back as it is.
+    """
+    height, width, channels = image.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = image[top : top + side, left : left + side]
+    if side == size:
+        return square
+    weights = _triangle_weights(side, size)
+    rows = (weights @ square.reshape(side, side * channels)).reshape(size, side, channels)
+    return weights @ rows  # for every row, [size, side] @ [side, channels]
+
+
+@functools.lru_cache(maxsize=4096)  # photographs come in many sizes, each needs a small matrix
+def _triangle_weights(source: int, target: int) -> Float32[np.ndarray, "{target} {source}"]:
+    ratio = source / target
+    centres = (np.arange(target) + 0.5) * ratio - 0.5
+    distances = np.abs(np.arange(source) - centres[:, None])
+    weights = np.maximum(0.0, 1.0 - distances / max(ratio, 1.0))
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
