@@ -46,11 +46,13 @@ class Step(NamedTuple):
     """The programs of a run, jitted for its mesh.
 
     init(key) -> state, born sharded. train(state, batch) -> state, metrics. predict(variables, batch) -> logits.
+    gradients(state, batch) -> gradient, (metrics, router state): what `train` applies, not jitted.
     abstract_state, abstract_batch: shapes, types and shardings of what `train` takes.
     """
 
     init: Any
     train: Any
+    gradients: Callable[[TrainState, Batch], tuple[PyTree, tuple[PyTree, PyTree]]]
     predict: Callable[[Variables, Batch], jax.Array]
     abstract_state: TrainState
     abstract_batch: dict[str, jax.ShapeDtypeStruct]
@@ -85,7 +87,7 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         scalars = {"loss": loss, "cross_entropy": cross_entropy, "accuracy": accuracy}
         return loss, ({"train": scalars, "router": router_losses, "moe": output.routers.metrics}, output.routers.state)
 
-    def train(state: TrainState, batch: Batch) -> tuple[TrainState, PyTree]:
+    def gradients(state: TrainState, batch: Batch) -> tuple[PyTree, tuple[PyTree, PyTree]]:
         # Noise belongs to an example's place in the global batch, whatever the mesh and the micro-batches.
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, jnp.arange(config.batch_size))
@@ -98,19 +100,20 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         gradient_fn = jax.grad(loss_fn, has_aux=True)
         count = config.accumulation_steps
         if count == 1:
-            gradient, aux = gradient_fn(params, router_state, batch, keys)
-        else:
-            # Every mean over the batch is the mean of the micro-batches' means, since these are equally large.
-            micros = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), (batch, keys))
-            shapes = jax.eval_shape(gradient_fn, params, router_state, *jax.tree.map(lambda x: x[0], micros))
-            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-            total, _ = jax.lax.scan(accumulate, zeros, micros)
-            gradient, aux = jax.tree.map(lambda x: x / count, total)
-        metrics, router_state = aux
+            return gradient_fn(params, router_state, batch, keys)
+        # Every mean over the batch is the mean of the micro-batches' means, since these are equally large.
+        micros = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), (batch, keys))
+        shapes = jax.eval_shape(gradient_fn, params, router_state, *jax.tree.map(lambda x: x[0], micros))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        total, _ = jax.lax.scan(accumulate, zeros, micros)
+        return jax.tree.map(lambda x: x / count, total)
 
+    def train(state: TrainState, batch: Batch) -> tuple[TrainState, PyTree]:
+        gradient, (metrics, router_state) = gradients(state, batch)
+        params = state.variables.params
         updates, opt_state = optimizer.update(gradient, state.opt_state, params)
         params = optax.apply_updates(params, updates)
-        metrics["train"]["gradient_norm"] = optax.global_norm(gradient)
+        metrics["train"]["gradient_norm"] = optax.tree.norm(gradient)
         return TrainState(state.step + 1, Variables(params, router_state), opt_state, state.key), metrics
 
     def logits(variables: Variables, image: jax.Array, mask: jax.Array) -> jax.Array:
@@ -127,6 +130,7 @@ def make_step(config: Config, mesh: Mesh) -> Step:
     return Step(
         init=jax.jit(init, out_shardings=shardings),
         train=jax.jit(train, donate_argnums=0, in_shardings=(shardings, rows), out_shardings=(shardings, None)),
+        gradients=gradients,
         predict=lambda variables, batch: predict(variables, *to_devices(batch, ("image", "mask"), mesh).values()),
         abstract_state=jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings

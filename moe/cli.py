@@ -68,12 +68,12 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
     return parser.parse_args(rest), overrides
 
 
-def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
+def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a program's `main` on the command line; a known error ends it with one sentence and no traceback."""
     # What Orbax and tfds say at INFO and WARNING is about their own workings.
     absl_logging.set_verbosity(absl_logging.ERROR)
     try:
-        main(sys.argv[1:])
+        main(sys.argv[1:] if argv is None else argv)
     except UsageError as error:
         code, message = USAGE, str(error)
     except (Failure, CheckpointError) as error:

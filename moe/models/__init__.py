@@ -43,7 +43,7 @@ def make_model(config: ViTConfig, moe: MoeConfig, router: Router) -> Model:
     def build(key: jax.Array) -> nnx.Module:
         return VisionTransformer(config, moe, router, key=key)
 
-    def split(module: nnx.Module) -> tuple[Any, nnx.State, nnx.State]:
+    def split(module: nnx.Module) -> tuple[Any, PyTree, PyTree]:
         return nnx.split(module, nnx.Param, RouterState)
 
     graph, *abstract = split(nnx.eval_shape(build, jax.random.key(0)))
@@ -57,7 +57,7 @@ def make_model(config: ViTConfig, moe: MoeConfig, router: Router) -> Model:
     return Model(init, Variables(*(_axes(state) for state in abstract)), apply)
 
 
-def _axes(state: nnx.State) -> PyTree:
+def _axes(state: PyTree) -> PyTree:
     """The tree of variables with their logical axes in their place."""
     return nnx.to_pure_dict(
         jax.tree.map(

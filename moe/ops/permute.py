@@ -4,6 +4,7 @@ import math
 from fractions import Fraction
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -33,7 +34,7 @@ def capacity(factor: float, num_tokens: int, k: int, num_experts: int) -> int:
 
 def places(expert_N: Int[Array, "N"], valid_N: Bool[Array, "N"], num_experts: int) -> Int[Array, "N"]:
     """Place of each row in its expert's queue, counted over the valid rows before it."""
-    asks_NE = (expert_N[:, None] == jnp.arange(num_experts)) & valid_N[:, None]
+    asks_NE = jax.nn.one_hot(expert_N, num_experts, dtype=bool) & valid_N[:, None]
     before_NE = jnp.cumsum(asks_NE, axis=0, dtype=jnp.int32) - asks_NE
     return jnp.take_along_axis(before_NE, expert_N[:, None], axis=1)[:, 0]
 

@@ -1,5 +1,6 @@
 """What a routing did, measured the same way for every router, over all groups of a batch."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -15,7 +16,7 @@ def expert_load(routing: Assignments | Slots, num_experts: int) -> Float[Array, 
     if isinstance(routing, Slots):
         return jnp.sum(routing.dispatch, axis=(0, 1, 3))
     # A one-hot sum, not a scatter: the groups may lie on several devices.
-    asked = (routing.expert[..., None] == jnp.arange(num_experts)) & routing.valid[..., None]
+    asked = jax.nn.one_hot(routing.expert, num_experts, dtype=bool) & routing.valid[..., None]
     return jnp.sum(asked, axis=tuple(range(asked.ndim - 1)), dtype=jnp.float32)
 
 
@@ -33,15 +34,17 @@ def routing_metrics(
     overflow: fraction of the router's choices that were dropped, by `max_experts` or capacity; `kept_G` were not.
     experts_per_token: choices per token.
     """
-    num_tokens, num_experts = logits_GTE.shape[1:]
+    num_experts = logits_GTE.shape[-1]
     load_E = expert_load(routing, num_experts)
-    choices_G = routing.choices if isinstance(routing, Assignments) else jnp.full_like(kept_G, num_tokens * num_experts)
-    choices = jnp.maximum(jnp.sum(choices_G), 1).astype(jnp.float32)
-    tokens = jnp.maximum(jnp.sum(mask_GT), 1).astype(jnp.float32)
+    tokens = jnp.sum(mask_GT, dtype=jnp.float32)
+    if isinstance(routing, Slots):  # every token reads every expert, and none is dropped
+        choices = kept = tokens * num_experts
+    else:
+        choices, kept = (jnp.sum(counts_G).astype(jnp.float32) for counts_G in (routing.choices, kept_G))
     return {
         "load_max_to_mean": jnp.max(load_E) / jnp.maximum(jnp.mean(load_E), jnp.finfo(jnp.float32).tiny),
         "dead_experts": jnp.sum(load_E == 0, dtype=jnp.float32),
         "entropy": entropy(logits_GTE.reshape(-1, num_experts), mask_GT.reshape(-1)),
-        "overflow": 1 - jnp.sum(kept_G).astype(jnp.float32) / choices,
-        "experts_per_token": choices / tokens,
+        "overflow": (choices - kept) / jnp.maximum(choices, 1),
+        "experts_per_token": choices / jnp.maximum(tokens, 1),
     }

@@ -1,0 +1,231 @@
+"""The training step: the same numbers on every mesh, scanned or not, rematerialised or not, accumulated or not."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import train
+from moe.config import Config
+from moe.data.pipeline import DataConfig
+from moe.layers.moe import MoeConfig
+from moe.models import ViTConfig
+from moe.optim import OptimizerConfig
+from moe.parallel.mesh import MeshConfig, make_mesh
+from moe.routers import ROUTERS, Softmax
+
+BATCH = 16
+MODEL = ViTConfig(width=16, depth=2, heads=2, mlp_width=16, moe_every=1, patch_size=4)
+CONFIG = Config(
+    seed=3,
+    steps=10,
+    batch_size=BATCH,
+    model=MODEL,
+    moe=MoeConfig(num_experts=4, expert_width=16, group_size=2, capacity_factor=1.0),
+    router=Softmax(k=2, balance_weight=0.01, z_weight=0.01),
+    data=DataConfig(),
+    optimizer=OptimizerConfig(warmup_steps=1),
+)
+MESHES = {
+    "data=8": MeshConfig(data=8),
+    "data=2,expert=4": MeshConfig(data=2, expert=4),
+    "fsdp=4,tensor=2": MeshConfig(data=1, fsdp=4, tensor=2),
+}
+
+
+def make_batch() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    image = rng.uniform(size=(BATCH, 8, 8, 1)).astype(np.float32)
+    return {"image": image, "label": rng.integers(0, 10, BATCH).astype(np.int32)}
+
+
+@pytest.fixture(autouse=True)
+def compile_fast() -> Iterator[None]:
+    """These tests compile much and compute little."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def run(config: Config, batch: dict[str, np.ndarray] | None = None) -> dict[str, Any]:
+    """Metrics and gradients of one step from fresh variables, on the mesh that the config names."""
+    devices = jax.devices() if np.prod([*dataclasses.asdict(config.mesh).values()]) == 8 else jax.devices()[:1]
+    mesh = make_mesh(config.mesh, devices)
+    step = train.make_step(config, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, step.abstract_state)
+    state = jax.device_put(fresh_state(config.moe.num_experts), shardings)
+    arrays = train.to_devices(batch or make_batch(), ("image", "label"), mesh)
+    gradient, (metrics, _) = jax.jit(step.gradients)(state, arrays)
+    return {"gradient": jax.device_get(gradient), "metrics": jax.device_get(metrics), "state": state, "step": step}
+
+
+@functools.cache
+def fresh_state(num_experts: int) -> train.TrainState:
+    """The state that every run starts from; no router here has variables of its own."""
+    moe = dataclasses.replace(CONFIG.moe, num_experts=num_experts)
+    config = dataclasses.replace(CONFIG, moe=moe, mesh=MeshConfig(data=1))
+    return jax.device_get(train.make_step(config, make_mesh(config.mesh, jax.devices()[:1])).init(jax.random.key(3)))
+
+
+@functools.cache
+def reference(router: str) -> dict[str, Any]:
+    return run(one_device(router))
+
+
+def one_device(router: str) -> Config:
+    chosen = CONFIG.router if router == "softmax" else ROUTERS[router](k=2)  # type: ignore[call-arg]
+    return dataclasses.replace(CONFIG, router=chosen, mesh=MeshConfig(data=1))
+
+
+def assert_same(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    """max|Δ| of every array within `tolerance` of the largest magnitude in it."""
+
+    def one(path: tuple, a: np.ndarray, b: np.ndarray) -> None:
+        assert np.isfinite(a).all()
+        scale = max(float(np.max(np.abs(b))), 1e-6)
+        assert np.max(np.abs(a - b)) <= tolerance * scale, jax.tree_util.keystr(path)
+
+    jax.tree_util.tree_map_with_path(one, actual, expected)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_mesh_changes_neither_losses_nor_gradients(mesh: str, router: str) -> None:
+    config = dataclasses.replace(one_device(router), mesh=MESHES[mesh])
+    actual = run(config)
+    assert_same(actual["gradient"], reference(router)["gradient"])
+    assert_same(actual["metrics"], reference(router)["metrics"])
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_parameters_are_born_sharded_and_stay_so(mesh: str) -> None:
+    config = dataclasses.replace(CONFIG, mesh=MESHES[mesh])
+    whole = make_mesh(config.mesh)
+    step = train.make_step(config, whole)
+    born = step.init(jax.random.key(0))
+    sizes = dataclasses.asdict(config.mesh)
+    before = jax.tree.map(lambda x: x.sharding, born)
+    w_in = born.variables.params["blocks"]["periods"]["blocks"][0]["f"]["experts"]["w_in"]
+    assert w_in.sharding.spec == PartitionSpec(None, "expert", "fsdp", "tensor")
+    local = w_in.addressable_shards[0].data.shape
+    periods, experts, width, hidden = w_in.shape
+    assert local == (periods, experts // sizes["expert"], width // sizes["fsdp"], hidden // sizes["tensor"])
+
+    after, _ = step.train(born, train.to_devices(make_batch(), ("image", "label"), whole))
+    jax.tree.map(lambda x, sharding: _assert_equivalent(x, sharding), after, before)
+    moments = after.opt_state[1][0].mu["blocks"]["periods"]["blocks"][0]["f"]["experts"]["w_in"]
+    assert moments.addressable_shards[0].data.shape == local
+
+
+def _assert_equivalent(x: jax.Array, sharding: jax.sharding.Sharding) -> None:
+    assert x.sharding.is_equivalent_to(sharding, x.ndim)
+
+
+def test_the_expert_mesh_moves_tokens_and_not_weights() -> None:
+    """All-to-all in the compiled step; no all-gather as large as an expert's matrices."""
+    config = dataclasses.replace(CONFIG, mesh=MESHES["data=2,expert=4"])
+    step = train.make_step(config, make_mesh(config.mesh))
+    jax.config.update("jax_disable_most_optimizations", False)
+    text = step.train.lower(step.abstract_state, step.abstract_batch).compile().as_text()
+    assert re.search(r"= .*\ball-to-all(-start)?\(", text)
+    gathered = re.findall(r"= \(?(\w+\[[\d,]*\]).*?\ball-gather(?:-start)?\(", text)
+    experts, width, hidden = config.moe.num_experts, config.model.width, config.moe.expert_width
+    for shape in gathered:
+        sizes = [int(size) for size in re.search(r"\[(.*)\]", shape).group(1).split(",") if size]  # type: ignore[union-attr]
+        assert np.prod(sizes) < experts * width * hidden, f"all-gather of {shape}"
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_scan_and_remat_change_nothing(router: str) -> None:
+    for scan_layers, remat in ((False, "full"), (True, "dots")):
+        model = dataclasses.replace(MODEL, scan_layers=scan_layers, remat=remat)
+        actual = run(dataclasses.replace(one_device(router), model=model))
+        assert_same(actual["gradient"], reference(router)["gradient"])
+        assert_same(actual["metrics"], reference(router)["metrics"])
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_accumulation_changes_nothing_when_groups_lie_within_micro_batches(router: str) -> None:
+    actual = run(dataclasses.replace(one_device(router), accumulation_steps=4))
+    expected = reference(router)
+    assert_same(actual["gradient"], expected["gradient"])
+    for part in ("train", "router"):
+        assert_same(actual["metrics"][part], expected["metrics"][part])
+
+
+def test_accumulation_of_identical_micro_batches_is_one_of_them_for_a_loss_over_the_whole_batch() -> None:
+    """Without noise, which would make the micro-batches differ."""
+    router = Softmax(k=2, noise=0.0, load_weight=0.0, importance_weight=0.1, balance_weight=0.1)
+    config = dataclasses.replace(
+        one_device("softmax"), router=router, moe=dataclasses.replace(CONFIG.moe, group_size=0)
+    )
+    once = jax.tree.map(lambda x: x[:4], make_batch())
+    four_times = jax.tree.map(lambda x: np.concatenate([x] * 4), once)
+    actual = run(dataclasses.replace(config, accumulation_steps=4), four_times)
+    expected = run(dataclasses.replace(config, batch_size=4), once)
+    assert expected["metrics"]["router"]["importance"] > 1e-4
+    assert_same(actual["gradient"], expected["gradient"])
+    assert_same(actual["metrics"], expected["metrics"])
+
+
+def test_groups_larger_than_a_device_share_give_the_same_numbers() -> None:
+    config = dataclasses.replace(one_device("softmax"), moe=dataclasses.replace(CONFIG.moe, group_size=0))
+    expected = run(config)
+    for mesh in MESHES.values():
+        actual = run(dataclasses.replace(config, mesh=mesh))
+        assert_same(actual["gradient"], expected["gradient"])
+        assert_same(actual["metrics"], expected["metrics"])
+
+
+def test_router_losses_reach_the_gate_of_every_layer() -> None:
+    """A loss lost in a scan would leave the gate's gradient unchanged when its weight changes."""
+    heavier = run(dataclasses.replace(one_device("softmax"), router=dataclasses.replace(CONFIG.router, z_weight=1.0)))
+    gates = [g["gradient"]["blocks"]["periods"]["blocks"][0]["f"]["w_gate"] for g in (heavier, reference("softmax"))]
+    difference = np.abs(gates[0] - gates[1]).max(axis=(1, 2))
+    assert difference.shape == (2,)
+    assert (difference > 1e-3).all()
+
+
+def test_bf16_model_keeps_f32_parameters_and_router() -> None:
+    model = dataclasses.replace(MODEL, dtype="bfloat16")
+    moe = dataclasses.replace(CONFIG.moe, num_experts=7)
+    f32 = dataclasses.replace(one_device("softmax"), moe=moe)
+    actual, expected = run(dataclasses.replace(f32, model=model)), run(f32)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(actual["gradient"]))
+    assert actual["metrics"]["train"]["loss"] == pytest.approx(expected["metrics"]["train"]["loss"], rel=0.02)
+    text = jax.jit(actual["step"].gradients).lower(actual["state"], actual["step"].abstract_batch).as_text()
+    assert "bf16" in text
+    assert not re.search(r"tensor<[\dx]*x7xbf16>", text), "router logits in bfloat16"
+
+
+def test_a_batch_that_the_mesh_cannot_share_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"micro-batch of 12 .* 8 devices .* multiple of 8"):
+        train.make_step(dataclasses.replace(CONFIG, batch_size=12, mesh=MESHES["data=8"]), make_mesh(MESHES["data=8"]))
+
+
+def test_experts_that_the_expert_axis_does_not_divide_are_refused() -> None:
+    config = dataclasses.replace(
+        CONFIG, moe=dataclasses.replace(CONFIG.moe, num_experts=6), mesh=MESHES["data=2,expert=4"]
+    )
+    with pytest.raises(ValueError, match=r"mesh.expert = 4 doesn't divide the 6 entries of axis 'expert'"):
+        train.make_step(config, make_mesh(config.mesh))
+
+
+def test_the_step_is_deterministic_and_noise_differs_between_steps() -> None:
+    config = one_device("softmax")
+    first, again = run(config), run(config)
+    assert_same(first["gradient"], again["gradient"], tolerance=0.0)
+    batch = jax.tree.map(jnp.asarray, make_batch())
+    later = first["state"]._replace(step=jnp.int32(1))
+    other, _ = jax.jit(first["step"].gradients)(later, batch)
+    assert any(
+        np.any(np.asarray(a) != b)
+        for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(first["gradient"]), strict=True)
+    )
