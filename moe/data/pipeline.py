@@ -124,7 +124,7 @@ class TrainIterator(grain.DatasetIterator):
     """An endless iterator over batches whose position can be saved: {"examples": how many all hosts have consumed}.
 
     The state is plain JSON, and the same on every host: what one host saved restores any number of hosts, with any
-    number of threads and workers, and another batch size as well.
+    number of threads and workers, and another batch size as well. Close it when done, so that workers end in order.
     """
 
     _reader: grain.DatasetIterator | None = None
