@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import optax
 from jax.sharding import Mesh
 
@@ -179,8 +180,11 @@ def restore_newest(checkpoints: Checkpoints, step: Step) -> tuple[TrainState, di
     return state, data
 
 
-def train(config: Config, workdir: Path) -> dict[str, Any]:
-    """Trains from the newest checkpoint of the workdir to the last step; returns what result.json holds."""
+def train(config: Config, table: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Trains from the newest checkpoint of the workdir to the last step; returns what result.json holds.
+
+    table: the config as config.json keeps it. Nothing is written before everything has been checked.
+    """
     with cli.usage_errors():
         mesh = make_mesh(config.mesh)
         check_data(config)
@@ -189,6 +193,8 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         test_batches = make_eval_batches(config.data, "test", config.batch_size, *hosts)
         step = make_step(config, mesh)
         lowered = step.train.lower(step.abstract_state, step.abstract_batch)
+        for difference in open_workdir(workdir, table):
+            print(f"the config differs from the one that began this run: {difference}")
     train_step = lowered.compile()
 
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
@@ -257,9 +263,7 @@ def main(argv: Sequence[str]) -> None:
         config_lib.override(table, overrides)
         config = config_lib.resolve(table)
         workdir = Path(arguments.workdir or f"runs/{Path(arguments.config).stem}")
-        for difference in open_workdir(workdir, table):
-            print(f"the config differs from the one that began this run: {difference}")
-    result = train(config, workdir)
+    result = train(config, table, workdir)
     print(f"test accuracy {result['test/accuracy']:.4f}, test loss {result['test/loss']:.4f}")
     print(f"checkpoint: {workdir / 'checkpoints' / str(result['step'])}")
     print(f"evaluate it: {Path(sys.executable)} evaluate.py --workdir={workdir}")

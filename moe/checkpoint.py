@@ -38,7 +38,8 @@ class Checkpoints:
         if reading and not folder.is_dir():
             raise CheckpointError(f"there are no checkpoints in {folder}: give the workdir of a training run.")
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=reading, create=not reading)
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "data"))
+        handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, oldest first."""

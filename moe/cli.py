@@ -61,7 +61,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
         assignment = word.split("config.", 1)[1]
         if "=" not in assignment:
             value = next(words, None)
-            if value is None:
+            if value is None or value.startswith("--"):
                 raise UsageError(f"{word} needs a value: {word}=….")
             assignment = f"{assignment}={value}"
         overrides.append(assignment)

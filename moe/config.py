@@ -161,17 +161,26 @@ def _build(kind: Any, table: Any, path: str) -> Any:
 
 
 def _build_dataclass(kind: Any, table: Any, path: str) -> Any:
+    return _construct(kind, _values(kind, table, path), path)
+
+
+def _values(kind: Any, table: Any, path: str) -> dict[str, Any]:
+    """The fields of the dataclass `kind` that the table gives, each of its own type."""
     if not isinstance(table, Mapping):
         raise ValueError(f"config field {path} = {table!r} must be a table.")
     hints = typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    known = [field.name for field in dataclasses.fields(kind)]
     for name in table:
-        if name not in fields:
-            raise ValueError(_unknown(_join(path, name), name, list(fields)))
-    for name, field in fields.items():
-        if name not in table and field.default is dataclasses.MISSING:
-            raise ValueError(f"config field '{_join(path, name)}' is missing.")
-    return kind(**{name: _build(hints[name], value, _join(path, name)) for name, value in table.items()})  # type: ignore[operator]
+        if name not in known:
+            raise ValueError(_unknown(_join(path, name), name, known))
+    return {name: _build(hints[name], value, _join(path, name)) for name, value in table.items()}
+
+
+def _construct(kind: Any, values: dict[str, Any], path: str) -> Any:
+    for field in dataclasses.fields(kind):
+        if field.name not in values and field.default is dataclasses.MISSING:
+            raise ValueError(f"config field '{_join(path, field.name)}' is missing.")
+    return kind(**values)
 
 
 def _choose(options: Mapping[str, Any], table: Any, path: str) -> Any:
@@ -188,7 +197,8 @@ def _choose(options: Mapping[str, Any], table: Any, path: str) -> Any:
     twice = shared.keys() & own.keys()
     if twice:
         raise ValueError(f"config field '{min(twice)}' stands both in {path} and in {path}.{name}: keep one.")
-    return _build_dataclass(options[name], {**shared, **own}, path)
+    kind = options[name]
+    return _construct(kind, {**_values(kind, shared, path), **_values(kind, own, _join(path, name))}, path)
 
 
 def _join(path: str, name: str) -> str:
