@@ -55,13 +55,14 @@ class Softmax:
         noisy_TE = logits_TE + noise_std * example_noise(key, logits_TE.shape) if noisy else logits_TE
 
         weight_TK, expert_TK = jax.lax.top_k(jax.nn.softmax(noisy_TE), self.k)
+        priority_T = jax.lax.stop_gradient(weight_TK[:, 0]) if self.batch_priority else None
         if self.renormalize:
             weight_TK = weight_TK / jnp.sum(weight_TK, axis=-1, keepdims=True)
         routing = queue(
             expert_TK,
             weight_TK,
             valid_TK=jnp.broadcast_to(mask_T[:, None], expert_TK.shape),
-            priority_T=jax.lax.stop_gradient(weight_TK[:, 0]) if self.batch_priority else None,
+            priority_T=priority_T,
         )
 
         clean_TE = jax.nn.softmax(logits_TE)
