@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 CPU := JAX_PLATFORMS=cpu
 STAMP := $(VENV)/.installed
 
-.PHONY: setup train test lint types test-unit test-nightly test-parity clean
+.PHONY: setup train test lint types test-unit test-nightly test-parity test-browser clean
 
 setup: $(STAMP)
 
@@ -30,7 +30,7 @@ types: setup
 	$(VENV)/bin/mypy
 
 test-unit: setup
-	$(CPU) $(PY) -m pytest -n 2 --dist worksteal -m 'not nightly and not parity'
+	$(CPU) $(PY) -m pytest -n 2 --dist worksteal -m 'not nightly and not parity and not browser'
 
 test-nightly: setup
 	$(CPU) $(PY) -m pytest -n 2 --dist worksteal -m nightly
@@ -40,6 +40,11 @@ test-parity: setup
 	@if $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[parity]'; then \
 	  $(CPU) $(PY) -m pytest -m parity; \
 	else echo "test-parity: the extra 'parity' can't be installed here, so the comparisons with other libraries did not run"; fi
+
+# What needs a browser.
+test-browser: setup
+	@$(CPU) $(PY) -m pytest -m browser; code=$$?; \
+	if [ $$code -eq 5 ]; then echo "test-browser: no test needs a browser so far"; else exit $$code; fi
 
 clean:
 	rm -rf $(VENV) runs data
