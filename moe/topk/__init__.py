@@ -1,5 +1,27 @@
 """Differentiable top-k operators over the solvers of `moe.isotonic`."""
 
-from moe.topk.pnorm import mask
+from moe.topk.halving import (
+    Selection,
+    SlotWeights,
+    iterative_softmax,
+    successive_halving,
+    successive_halving_matrix,
+)
+from moe.topk.pair_weights import BoostedNormalised, BoostedSoftmax, CentredBoost, PairWeights, Round, Softmax
+from moe.topk.hard import hard_magnitude, hard_mask
+from moe.topk.pnorm import magnitude, mask
 
-__all__ = ["mask"]
+__all__ = [
+    "BoostedNormalised",
+    "BoostedSoftmax",
+    "CentredBoost",
+    "PairWeights",
+    "Round",
+    "Selection",
+    "SlotWeights",
+    "Softmax",
+    "iterative_softmax",
+    "mask",
+    "successive_halving",
+    "successive_halving_matrix",
+]
