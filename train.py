@@ -5,6 +5,7 @@
 The same command again goes on from the newest checkpoint of the workdir.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -142,8 +143,8 @@ def make_step(config: Config, mesh: Mesh) -> Step:
 
 def state_shardings(
     abstract: TrainState, axes: Variables, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
-    """Shardings of a whole state: the optimizer's moments lie where their parameters lie, the rest everywhere."""
+) -> PyTree:
+    """A TrainState of shardings: the optimizer's moments lie where their parameters lie, the rest everywhere."""
     variables = Variables(*(param_shardings(*pair, mesh) for pair in zip(abstract.variables, axes, strict=True)))
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
@@ -152,7 +153,8 @@ def state_shardings(
         variables.params,
         transform_non_params=lambda _: replicated(mesh),
     )
-    return TrainState(replicated(mesh), variables, opt_state, replicated(mesh))
+    everywhere: Any = replicated(mesh)
+    return TrainState(step=everywhere, variables=variables, opt_state=opt_state, key=everywhere)
 
 
 def to_devices(batch: Batch, names: Sequence[str], mesh: Mesh) -> dict[str, jax.Array]:
@@ -225,6 +227,7 @@ def train(config: Config, table: ml_collections.ConfigDict, workdir: Path) -> di
             writer.write(index, flatten(test, "test"))
     progress.close()
     writer.close()
+    examples.close()
     checkpoints.close()
 
     test = test or evaluate(step.predict, state.variables, test_batches)
@@ -266,7 +269,7 @@ def main(argv: Sequence[str]) -> None:
     result = train(config, table, workdir)
     print(f"test accuracy {result['test/accuracy']:.4f}, test loss {result['test/loss']:.4f}")
     print(f"checkpoint: {workdir / 'checkpoints' / str(result['step'])}")
-    print(f"evaluate it: {Path(sys.executable)} evaluate.py --workdir={workdir}")
+    print(f"evaluate it: {os.path.relpath(sys.executable)} evaluate.py --workdir={workdir}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.steps = 3000
-    config.batch_size = 128
+    config.batch_size = 64
     config.accumulation_steps = 1
     config.label_smoothing = 0.1
     config.log_every = 100
@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
         "threads": 1,
         "workers": 0,
         "prefetch": 4,
-        "augment": {"shift": 1.0, "rotate_degrees": 12.0, "scale": 0.15},
+        "augment": {"shift": 1.0, "rotate_degrees": 12.0, "scale": 0.15, "flip": False, "shear_degrees": 10.0},
     }
     config.model = {
         "name": "vit",
@@ -41,7 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
         "mlp_width": 128,
         "activation": "gelu",
         "moe_every": 2,
-        "scan_layers": True,
+        "scan_layers": False,
         "remat": "none",
         "dtype": "float32",
     }

@@ -89,8 +89,8 @@ class Progress:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """{"a": 1, "b": [1, 2]} -> {"prefix/a": 1.0, "prefix/b": …}; arrays over layers get one key each, see `per_layer`."""
-    return {f"{prefix}/{name}": float(np.sum(value)) for name, value in tree.items()}
+    """{"loss": 1} -> {"prefix/loss": 1.0}, for scalars."""
+    return {f"{prefix}/{name}": float(value) for name, value in tree.items()}
 
 
 def per_layer(metrics: Mapping[str, Any], first: int, every: int) -> dict[str, float]:

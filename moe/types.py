@@ -24,7 +24,7 @@ class Solution(NamedTuple):
 
     value: the solution, of the input's shape.
     steps: iterations used (for Dykstra sweeps, of both projections each), int32, per problem.
-    residual: how far `value` still moves or violates its conditions, in the units of the input, per problem; 0 is exact.
+    residual: how far `value` still moves or violates its conditions, in the input's units, per problem; 0 is exact.
     """
 
     value: Float[Array, "..."]

@@ -1,4 +1,4 @@
-"""train.py and evaluate.py as a user runs them: whole runs, resumption, evaluation, and every mistake in one sentence."""
+"""train.py and evaluate.py as a user runs them: whole runs, resumption, evaluation, mistakes in one sentence."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Random shifts, rotations, scales and flips of image batches, as one resampling per image.
+"""Random shifts, rotations, scales, slants and flips of image batches, as one resampling per image.
 
 What happens to an image depends on the seed and on its position in the sequence of training examples, and on nothing
 else: not on the batch that it is in, the host that reads it, or what was read before.
@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Float32, Int, UInt64
 
-_DRAWS = 5  # random numbers per image: two shifts, angle, scale, flip
+_DRAWS = 6  # random numbers per image: two shifts, angle, scale, flip, shear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,23 +20,25 @@ class Augment:
     rotate_degrees: up to so many degrees either way about the centre, uniform.
     scale: by a factor between 1 / (1 + scale) and 1 + scale about the centre, log-uniform.
     flip: mirror left to right, every second image on average.
+    shear_degrees: slant by up to so many degrees either way, uniform, rows staying horizontal.
     """
 
     shift: float = 0.0
     rotate_degrees: float = 0.0
     scale: float = 0.0
     flip: bool = False
+    shear_degrees: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises ValueError for a negative extent."""
-        for name in ("shift", "rotate_degrees", "scale"):
+        for name in ("shift", "rotate_degrees", "scale", "shear_degrees"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"augment.{name} is {value}: give the largest change, a number that is at least 0")
 
     def __bool__(self) -> bool:
         """Whether any image is changed."""
-        return bool(self.shift or self.rotate_degrees or self.scale or self.flip)
+        return bool(self.shift or self.rotate_degrees or self.scale or self.flip or self.shear_degrees)
 
 
 def augment(
@@ -51,7 +53,10 @@ def augment(
 def sample_maps(
     positions: Int[np.ndarray, "B"], config: Augment, seed: int
 ) -> tuple[Float[np.ndarray, "B 2 2"], Float[np.ndarray, "B 2"]]:
-    """Random (matrix, shift) pairs as `warp` takes them, one per position: M = R(angle) · diag(scale, ±scale)."""
+    """Random (matrix, shift) pairs as `warp` takes them, one per position.
+
+    M = R(angle) · diag(scale, ±scale) · S, where S slants: it moves a pixel along its row by tan(shear) · its row.
+    """
     draws = uniform(seed, positions, _DRAWS)
     signed = 2.0 * draws - 1.0
     shift = config.shift * signed[:, :2]
@@ -61,7 +66,9 @@ def sample_maps(
     cosine, sine = scale * np.cos(angle), scale * np.sin(angle)
     # Coordinates are (row, column) with rows growing downwards, so this turns counterclockwise to the eye.
     matrix = np.stack([np.stack([cosine, -sine * mirror], -1), np.stack([sine, cosine * mirror], -1)], axis=-2)
-    return matrix, shift
+    slant = np.tile(np.eye(2), (len(positions), 1, 1))
+    slant[:, 1, 0] = np.tan(np.deg2rad(config.shear_degrees) * signed[:, 5])
+    return matrix @ slant, shift
 
 
 def warp(

@@ -34,7 +34,7 @@ def init_mlp(
     key: jax.Array, width: int, hidden: int, activation: Activation, num_experts: int | None = None
 ) -> dict[str, nnx.Param[jax.Array]]:
     """The weights of `mlp`; with `num_experts`, stacked along a first axis, each expert drawn on its own."""
-    shapes = {"w_in": (width, hidden), "w_out": (hidden, width)}
+    shapes: dict[str, tuple[int, ...]] = {"w_in": (width, hidden), "w_out": (hidden, width)}
     if activation == "swiglu":
         shapes["w_gate"] = (width, hidden)
     params = {}

@@ -43,8 +43,8 @@ def make_model(config: ViTConfig, moe: MoeConfig, router: Router) -> Model:
     def build(key: jax.Array) -> nnx.Module:
         return VisionTransformer(config, moe, router, key=key)
 
-    def split(module: nnx.Module) -> tuple[Any, PyTree, PyTree]:
-        return nnx.split(module, nnx.Param, RouterState)
+    def split(module: nnx.Module) -> tuple[Any, ...]:
+        return tuple(nnx.split(module, nnx.Param, RouterState))
 
     graph, *abstract = split(nnx.eval_shape(build, jax.random.key(0)))
 

@@ -58,7 +58,8 @@ class VisionTransformer(nnx.Module):
         key_patch, key_position, key_blocks, key_norm, key_head = jax.random.split(key, 5)
         pixels = config.patch_size**2 * config.image_size[2]
         self.w_patch = matrix(key_patch, (pixels, config.width), (None, "embed"), fan_in=pixels)
-        position = 0.02 * jax.random.normal(key_position, (config.length, config.width))
+        # As large as the patches' own embeddings, so that position counts from the first step.
+        position = 0.5 * jax.random.normal(key_position, (config.length, config.width))
         self.position = nnx.Param(position, axes=(None, "embed"))
         self.blocks = Blocks(config, moe, router, key=key_blocks)
         self.norm = layer_norm(config, key_norm)

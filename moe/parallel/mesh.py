@@ -51,7 +51,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if math.prod(sizes.values()) != len(devices):
         product = " × ".join(f"{axis}={size}" for axis, size in dataclasses.asdict(config).items())
         raise ValueError(
-            f"mesh {product} doesn't fill the {len(devices)} devices here: choose sizes whose product is {len(devices)}."
+            f"mesh {product} doesn't fill the {len(devices)} devices here: its sizes must multiply to that number."
         )
     shape = tuple(sizes[axis] for axis in MESH_AXES)
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)

@@ -43,11 +43,10 @@ def check_k(k: int, num_experts: int) -> None:
         raise ValueError(f"router.k = {k} experts per token must lie in 1..{num_experts}, the number of experts.")
 
 
-def example_noise(key: Keys, shape: tuple[int, int]) -> Float[Array, "T E"]:
+def example_noise(key: Keys, num_tokens: int, num_experts: int) -> Float[Array, "T E"]:
     """Standard normal noise for T tokens of `key.size` examples; each example's noise depends on its own key only."""
-    num_tokens, num_experts = shape
     per_example = (num_tokens // key.size, num_experts)
-    return jax.vmap(lambda one: jax.random.normal(one, per_example))(key).reshape(shape)
+    return jax.vmap(lambda one: jax.random.normal(one, per_example))(key).reshape(num_tokens, num_experts)
 
 
 def token_mask(inputs: RouterInputs) -> Bool[Array, "T"]:

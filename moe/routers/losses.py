@@ -65,7 +65,7 @@ def z(logits_TE: Float[Array, "T E"], mask_T: Bool[Array, "T"]) -> Float[Array, 
 
 
 def entropy(logits_TE: Float[Array, "T E"], mask_T: Bool[Array, "T"]) -> Float[Array, ""]:
-    """Mean over tokens of the entropy of softmax(logits), in nats: log E for a uniform router, 0 for a collapsed one."""
+    """Mean over tokens of the entropy of softmax(logits), in nats: log E when uniform, 0 when collapsed."""
     # logsumexp - Σ p·logit stays finite, with its gradient, where a probability underflows.
     expected_T = jnp.sum(jax.nn.softmax(logits_TE) * logits_TE, axis=-1)
     return token_mean(jax.nn.logsumexp(logits_TE, axis=-1) - expected_T, mask_T)

@@ -12,7 +12,7 @@ from moe.types import Keys, PyTree, Routed, RouterInputs
 
 @dataclasses.dataclass(frozen=True)
 class Softmax:
-    """Each token takes the k most probable experts of softmax(logits + noise); its combine weights are their probabilities.
+    """Each token takes the k most probable experts of softmax(logits + noise), weighted by their probabilities.
 
     k: experts per token, exactly.
     noise: in training the logits get normal noise of standard deviation noise / E.
@@ -51,8 +51,9 @@ class Softmax:
         check_k(self.k, num_experts)
         mask_T = token_mask(inputs)
         noise_std = self.noise / num_experts
-        noisy = key is not None and self.noise > 0
-        noisy_TE = logits_TE + noise_std * example_noise(key, logits_TE.shape) if noisy else logits_TE
+        noisy_TE = logits_TE
+        if key is not None and self.noise:
+            noisy_TE = logits_TE + noise_std * example_noise(key, *logits_TE.shape)
 
         weight_TK, expert_TK = jax.lax.top_k(jax.nn.softmax(noisy_TE), self.k)
         priority_T = jax.lax.stop_gradient(weight_TK[:, 0]) if self.batch_priority else None
@@ -72,6 +73,6 @@ class Softmax:
             "balance": losses.load_balancing(clean_TE, chosen_TE, self.k, mask_T),
             "z": losses.z(logits_TE, mask_T),
         }
-        if noisy:
+        if key is not None and self.noise:
             unweighted["load"] = losses.load(logits_TE, noisy_TE, self.k, noise_std, mask_T)
         return Routed(routing, losses.weighted(self, unweighted), unweighted, state)

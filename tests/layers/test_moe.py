@@ -130,7 +130,7 @@ def known_layer(router: Any, weights: Weights, keys: Keys | None, num_places: in
         noise_TE = None
         if keys is not None:
             group_keys = keys[g * GROUP : (g + 1) * GROUP]
-            noise_TE = np.asarray(example_noise(group_keys, (TOKENS, EXPERTS)), np.float64)
+            noise_TE = np.asarray(example_noise(group_keys, TOKENS, EXPERTS), np.float64)
         rows, loss = route_known(router, x_TD @ weights.gate_DE, noise_TE)
         kept_N = oracle.dispatch(rows, EXPERTS, num_places).kept_N
         y_GTD.append(oracle.moe_layer(x_TD, rows, weights.experts, oracle.silu, kept_N))

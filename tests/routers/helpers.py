@@ -80,7 +80,7 @@ def example_keys(num_examples: int = EXAMPLES) -> Keys:
 
 def noise_of(keys: Keys, std: float, num_experts: int = EXPERTS) -> Float[np.ndarray, "T E"]:
     """The noise that a router adds to the logits, in float64."""
-    return std * np.asarray(example_noise(keys, (keys.size * LENGTH, num_experts)), np.float64)
+    return std * np.asarray(example_noise(keys, keys.size * LENGTH, num_experts), np.float64)
 
 
 def readout_for(logits: np.ndarray) -> Float[np.ndarray, "T E"]:
