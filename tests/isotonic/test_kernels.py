@@ -1,0 +1,223 @@
+"""The TPU kernels: numerics in Pallas's interpret mode against float64, and compilation by the real TPU compiler."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+
+from moe.isotonic.kernels import dykstra, networks, threshold
+from moe.isotonic.kernels.tiles import Tiling
+from tests.oracles import operators
+
+PS = (4 / 3, 3 / 2, 2.0)
+ROWS = 90  # in most tests, which then share what they compile
+
+
+def make_rows(rng: np.random.Generator, rows: int, n: int) -> np.ndarray:
+    """Gaussian rows, rows of ties, and near-ties of all sizes on a large offset, in equal parts."""
+    third = rows // 3
+    gaussian = rng.normal(size=(rows - 2 * third, n))
+    ties = rng.integers(-2, 3, size=(third, n))
+    near = 100 + rng.normal(size=(third, n)) * np.exp(rng.uniform(-12, 2, size=(third, n)))
+    return np.concatenate([gaussian, ties, near]).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "p", "interpret"))
+def interpreted_mask(x, k, strength, p, interpret=True):
+    return threshold.mask(x, k, strength, p=p, interpret=interpret)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "steps", "interpret"))
+def interpreted_dykstra(x, k, strength, steps, interpret=True):
+    return dykstra.crossing(x, k, strength, steps=steps, interpret=interpret)
+
+
+# Networks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8, 11])
+def test_sorting_networks_sort_all_zero_one_inputs(n: int) -> None:
+    inputs = np.array(list(itertools.product((0.0, 1.0), repeat=n)), np.float32).T
+    ordered = np.stack(networks.sort(n).apply(list(jnp.asarray(inputs))))
+    np.testing.assert_array_equal(ordered, -np.sort(-inputs, axis=0))
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (5, 2), (8, 1), (8, 7), (11, 4), (11, 11)])
+def test_selection_networks_rank_the_boundary_and_part_the_rest(n: int, k: int) -> None:
+    inputs = np.array(list(itertools.product((0.0, 1.0), repeat=n)), np.float32).T
+    found = np.stack(networks.select(n, k).apply(list(jnp.asarray(inputs))))
+    expected = -np.sort(-inputs, axis=0)
+    np.testing.assert_array_equal(found[k - 1 : k + 1], expected[k - 1 : k + 1])
+    np.testing.assert_array_equal(found[:k].sum(axis=0), expected[:k].sum(axis=0))
+    np.testing.assert_array_equal(found.sum(axis=0), expected.sum(axis=0))
+
+
+def test_selection_needs_fewer_comparators_than_sorting() -> None:
+    assert len(networks.sort(32).comparators) == 191
+    assert len(networks.select(32, 2).comparators) == 75
+
+
+# Tiles ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("problems", "n"), [(3, 1), (1030, 12), (130, 128)])
+def test_tiles_load_and_store_entries(problems: int, n: int) -> None:
+    """A kernel that doubles some entries and sums them per problem, in both memory layouts."""
+    some = sorted({0, n // 3, n // 2, n - 1})
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(problems, n)), jnp.float32)
+    tiling = Tiling.of(x)
+
+    def double(scale, block, doubled, total, *staging):
+        staged = tiling.stage(block, staging[:1])
+        target = staging[1] if tiling.transposes else doubled
+        entries = [tiling.load(staged, i) for i in some]
+        for i, entry in zip(some, entries, strict=True):
+            tiling.store(target, i, scale[0] * entry)
+        tiling.unstage(target, doubled)
+        total[...] = sum(entries)
+
+    run = functools.partial(tiling.run, double, arrays=1, scalars=1, scratch=[], name="double", interpret=True)
+    doubled, total = jax.jit(run)(x, jnp.full(1, 2.0))
+    picked = np.asarray(x)[:, some]
+    np.testing.assert_array_equal(np.asarray(doubled)[:, some], 2 * picked)
+    np.testing.assert_allclose(total, picked.sum(axis=1), rtol=1e-5, atol=1e-5)
+
+
+# Threshold -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", PS)
+def test_mask_agrees_with_float64_at_every_strength(p: float) -> None:
+    n, k = 8, 2
+    x = make_rows(np.random.default_rng(n), ROWS, n)
+    for strength in (1e-4, 1e-2, 0.3, 1.0, 10.0, 100.0):
+        found, crossing = jax.tree.map(np.asarray, interpreted_mask(x, k, strength, p))
+        expected = np.stack([operators.mask_by_bisection(row, k, float(np.float32(strength)), p) for row in x])
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+        np.testing.assert_array_equal(crossing.center, -np.sort(-x, axis=1)[:, k - 1])
+        levels = ((x - crossing.center[:, None]) + crossing.offset[:, None]) / np.float32(strength)
+        np.testing.assert_allclose(np.clip(levels, 0, 1) ** round(1 / (p - 1)), found, rtol=0, atol=1e-6)
+        assert crossing.residual.max() <= 1e-3 * strength
+
+
+@pytest.mark.parametrize("p", PS)
+def test_mask_is_hard_exactly_where_the_gap_exceeds_the_strength(p: float) -> None:
+    rows = [[-5, -2, 3, 1, -np.inf, 0, -1, 0.5], [7, 7, -1, 0, 0, 0, -8, 6.5]]
+    x = np.tile(np.array(rows, np.float32), (ROWS // 2, 1))
+    found, crossing = interpreted_mask(x, 2, 0.01, p)
+    np.testing.assert_array_equal(found[:2], [[0, 0, 1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(crossing.residual, 0)
+
+
+def test_nan_stays_in_its_row() -> None:
+    x = make_rows(np.random.default_rng(1), ROWS, 8)
+    clean = np.asarray(interpreted_mask(x, 2, 0.3, 2.0)[0])
+    for entry in range(8):
+        dirty = x.copy()
+        dirty[entry, entry] = np.nan
+        found = np.asarray(interpreted_mask(dirty, 2, 0.3, 2.0)[0])
+        assert np.isnan(found[entry]).all()
+        np.testing.assert_array_equal(np.delete(found, entry, 0), np.delete(clean, entry, 0))
+
+
+def test_tpu_interpret_mode_agrees() -> None:
+    x = make_rows(np.random.default_rng(2), 9, 5)
+    simulated, _ = interpreted_mask(x, 2, 0.5, 4 / 3, interpret=pltpu.InterpretParams())
+    np.testing.assert_allclose(simulated, interpreted_mask(x, 2, 0.5, 4 / 3)[0], rtol=0, atol=3e-7)
+
+
+# Dykstra -------------------------------------------------------------------------------------------------------------
+
+
+def float64_sweeps(row: np.ndarray, k: int, strength: float, steps: int) -> tuple[np.ndarray, float]:
+    """Dykstra in its primal form, as published: the value after `steps` sweeps, and how far the last sets are apart."""
+    v = -np.sort(-row.astype(np.float64)) - strength * (np.arange(len(row)) < k)
+    corrections = [np.zeros_like(v), np.zeros_like(v)]
+    for _ in range(steps):
+        halves = []
+        for start in (0, 1):
+            moved = v + corrections[start]
+            projected = moved.copy()
+            for i in range(start, len(v) - 1, 2):
+                if moved[i] < moved[i + 1]:
+                    projected[i : i + 2] = moved[i : i + 2].mean()
+            corrections[start] = moved - projected
+            v = projected
+            halves.append(v)
+    return v, np.abs(halves[1] - halves[0]).max()
+
+
+@pytest.mark.parametrize(("n", "k", "steps"), [(5, 1, 1), (8, 2, 2), (5, 4, 6)])
+def test_dykstra_makes_the_published_sweeps(n: int, k: int, steps: int) -> None:
+    x = make_rows(np.random.default_rng(n), 30, n)[:20]
+    strength = 0.7
+    found = interpreted_dykstra(x, k, strength, steps)
+    for row, center, offset, residual in zip(x, *map(np.asarray, found), strict=True):
+        value, apart = float64_sweeps(row, k, strength, steps)
+        boundary = value[k - 1 : k + 1].mean()
+        low, high = center - strength, -np.sort(-row)[k]
+        expected = low if center - high >= strength else np.clip(boundary, low, high)
+        assert center - offset == pytest.approx(expected, abs=2e-6)
+        assert residual == pytest.approx(apart, abs=2e-6)
+
+
+def test_dykstra_converges_to_the_mask_and_says_so() -> None:
+    x = make_rows(np.random.default_rng(3), 60, 8)
+    strength = np.float32(0.3)
+    found = jax.tree.map(np.asarray, interpreted_dykstra(x, 2, strength, 100))
+    mask = np.clip(((x - found.center[:, None]) + found.offset[:, None]) / strength, 0, 1)
+    expected = np.stack([operators.mask(row, 2, float(strength), 2.0) for row in x])
+    np.testing.assert_allclose(mask, expected, rtol=0, atol=1e-6)
+    assert found.residual.max() <= 1e-6
+
+
+# Where there is no kernel --------------------------------------------------------------------------------------------
+
+
+def test_refuses_what_it_cannot_do() -> None:
+    x = jnp.zeros((4, 300))
+    with pytest.raises(NotImplementedError, match="n <= 256, not 300"):
+        threshold.mask(x, 2, 1.0, p=2.0)
+    with pytest.raises(NotImplementedError, match=r"p in \(4/3, 3/2, 2\), not 1.7"):
+        threshold.mask(x[:, :8], 2, 1.0, p=1.7)
+    with pytest.raises(NotImplementedError, match="static k"):
+        jax.jit(lambda k: dykstra.crossing(x[:, :8], k, 1.0, steps=3))(2)
+
+
+# The real compiler ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def v5e(monkeypatch: pytest.MonkeyPatch) -> jax.sharding.Sharding:
+    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install 'moe-jax[tpu-aot]'")
+    for name, value in {
+        "TPU_ACCELERATOR_TYPE": "v5e-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    return jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("n", [8, 32, 128])
+def test_kernels_compile_for_a_tpu_without_moving_their_input(n: int, v5e: jax.sharding.Sharding) -> None:
+    def both(x, strength):
+        return threshold.mask(x, 2, strength, p=4 / 3), dykstra.crossing(x, 2, strength, steps=4)
+
+    arguments = (
+        jax.ShapeDtypeStruct((4096, n), jnp.float32, sharding=v5e),
+        jax.ShapeDtypeStruct((), jnp.float32, sharding=v5e),
+    )
+    compiled = jax.jit(both).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+    lines = compiled.as_text().splitlines()
+    assert sum("tpu_custom_call" in line for line in lines) == 2
+    moved = [line for line in lines if f"f32[4096,{n}]" in line.split("=")[-1] and " transpose(" in line]
+    assert not moved
