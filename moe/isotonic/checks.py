@@ -34,13 +34,20 @@ def check_strength(strength: Any) -> None:
         require(bool(value > 0) and bool(np.isfinite(value)), "strength", value, "positive and finite")
 
 
-def check_k(k: Any, n: int) -> None:
-    """k is an integer scalar in 1..n; a traced one cannot be looked at and is taken on trust."""
+def check_k(k: Any, n: int) -> Any:
+    """k as a Python int in 1..n, or as it is where it is traced: then it is taken on trust to lie there."""
     require(jnp.ndim(k) == 0, "k", f"of shape {jnp.shape(k)}", "a scalar (vmap for several)")
-    require(jnp.issubdtype(jnp.asarray(k).dtype, jnp.integer), "k", k, "an integer")
+    require(jnp.issubdtype(jnp.result_type(k), jnp.integer), "k", k, "an integer")
     value = concrete(k)
-    if value is not None:
-        require(1 <= int(value) <= n, "k", value, f"in 1..{n}, the number of entries along the axis")
+    if value is None:
+        return k
+    require(1 <= int(value) <= n, "k", value, f"in 1..{n}, the number of entries along the axis")
+    return int(value)
+
+
+def check_axis(axis: int, rank: int) -> None:
+    """axis names a dimension of an array of that rank."""
+    require(-rank <= axis < rank, "axis", axis, f"in {-rank}..{rank - 1} for an array of {rank} dimensions")
 
 
 def check_floating(name: str, x: Any) -> None:

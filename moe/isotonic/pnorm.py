@@ -5,10 +5,15 @@ gives r = 2, p = 4/3 gives r = 3. The gradient of the conjugate of R(y) = (stren
 sign(z) (|z| / strength)^r (Sander et al. 2023, arXiv 2302.01425, section 4).
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
+
+# Powers are kept below this by clipping their base, so that differences of two of them stay numbers.
+_LARGEST_POWER = 1e30
 
 
 def exponent(p: float) -> float | int:
@@ -32,9 +37,65 @@ def root(value: Float[Array, "*s"], r: float | int) -> Float[Array, "*s"]:
         return value
     positive = value > 0
     safe = jnp.where(positive, value, 1)
+    if r == 2:
+        return jnp.where(positive, jnp.sqrt(safe), 0)
     return jnp.where(positive, jnp.cbrt(safe) if r == 3 else safe ** (1.0 / r), 0)
+
+
+def signed_power(base: Float[Array, "*s"], r: float | int) -> Float[Array, "*s"]:
+    """sign(base) |base|^r."""
+    if isinstance(r, int) and r % 2:
+        return lax.integer_pow(base, r)
+    return jnp.sign(base) * power(jnp.abs(base), r)
+
+
+def signed_root(value: Float[Array, "*s"], r: float | int) -> Float[Array, "*s"]:
+    """sign(value) |value|^(1/r)."""
+    return jnp.sign(value) * root(jnp.abs(value), r)
 
 
 def unit_clip(z: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """z clipped to [0, 1]; the derivative is 0 at and beyond both ends."""
     return lax.clamp(jnp.zeros((), z.dtype), z, jnp.ones((), z.dtype))
+
+
+def balance(
+    total: Float[Array, "*s"], spread: Float[Array, "*s"], pull: Float[Array, "*s"] | None, r: float | int
+) -> Float[Array, "*s"]:
+    """The root u of (spow(u + spread) + spow(u - spread))/2 + pull u = total, where spow(x) = sign(x) |x|^r.
+
+    This is what two entries that share one value solve (u: distance of their midpoint above it, in units of strength;
+    spread: half their distance; pull >= 0, None for 0, comes from a quadratic phi), and with spread = 0 what one entry
+    solves.
+    Not differentiable: callers have closed forms. Newton's method, started on the convex side at a point that is
+    close for every r, converges in a fixed number of steps.
+    """
+    if r == 1:
+        return total if pull is None else total / (1 + pull)
+    pull = jnp.zeros_like(total) if pull is None else pull
+    target, spread = jnp.abs(total), jnp.minimum(jnp.abs(spread), _LARGEST_POWER ** (1.0 / r))
+    slope_at_0 = r * power(spread, r - 1) + pull
+    # Each of these bounds the root from above (the linear one for r >= 2, where the left side is convex).
+    start = jnp.minimum(root(target, r), target / jnp.where(slope_at_0 > 0, slope_at_0, 1e-30))
+    if r > 3 or not isinstance(r, int):
+        start = jnp.minimum(start, root(2 * target + power(spread, r), r) - spread)
+    u = jnp.maximum(start, 0)
+    for _ in range(5 if r in (2, 3) else 12):
+        excess = 0.5 * (signed_power(u + spread, r) + signed_power(u - spread, r)) + pull * u - target
+        slope = 0.5 * r * (power(u + spread, r - 1) + power(jnp.abs(u - spread), r - 1)) + pull
+        u = jnp.maximum(u - excess / jnp.where(slope > 0, slope, 1), 0)
+    return jnp.sign(total) * u
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def selected_root(s: Float[Array, "*s"], strength: Float[Array, ""], r: float | int) -> Float[Array, "*s"]:
+    """f^(1/r), where f = ((s - f)/strength)^r is what the magnitude gives an entry s >= 0, selected and not pooled."""
+    return balance(s, jnp.zeros_like(s), jnp.broadcast_to(strength, s.shape), r)
+
+
+@selected_root.defjvp
+def _selected_root_jvp(r: float | int, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    (s, strength), (ds, dstrength) = primals, tangents
+    a = selected_root(s, strength, r)
+    slope = strength + (1 if r == 1 else r * power(a, r - 1))
+    return a, (ds - a * dstrength) / slope

@@ -7,8 +7,8 @@ from moe.topk.halving import (
     successive_halving,
     successive_halving_matrix,
 )
-from moe.topk.pair_weights import BoostedNormalised, BoostedSoftmax, CentredBoost, PairWeights, Round, Softmax
 from moe.topk.hard import hard_magnitude, hard_mask
+from moe.topk.pair_weights import BoostedNormalised, BoostedSoftmax, CentredBoost, PairWeights, Round, Softmax
 from moe.topk.pnorm import magnitude, mask
 
 __all__ = [
@@ -20,7 +20,10 @@ __all__ = [
     "Selection",
     "SlotWeights",
     "Softmax",
+    "hard_magnitude",
+    "hard_mask",
     "iterative_softmax",
+    "magnitude",
     "mask",
     "successive_halving",
     "successive_halving_matrix",
