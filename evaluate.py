@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_collections
 
 from moe import cli
 from moe import config as config_lib
@@ -33,6 +34,16 @@ def choose_step(checkpoints: Checkpoints, wanted: int | None) -> int:
     if wanted not in steps:
         raise CheckpointError(f"there is no checkpoint of step {wanted}: there are {', '.join(map(str, steps))}.")
     return wanted
+
+
+def fit_mesh(table: ml_collections.ConfigDict) -> None:
+    """Puts a run from another number of devices on all those here, copied, and says so: only the speed depends on it."""
+    mesh = config_lib.resolve(table).mesh
+    try:
+        make_mesh(mesh)
+    except ValueError as error:
+        config_lib.override(table, ["mesh.data=-1", "mesh.fsdp=1", "mesh.expert=1", "mesh.tensor=1"])
+        print(f"{error} Evaluating with a copy on each device.")
 
 
 def evaluate_checkpoint(config: Config, workdir: Path, wanted: int | None) -> dict[str, Any]:
@@ -63,6 +74,8 @@ def main(argv: Sequence[str]) -> None:
     table = read_config(workdir)
     with cli.usage_errors():
         config_lib.override(table, overrides)
+        if not any(assignment.startswith("mesh.") for assignment in overrides):
+            fit_mesh(table)
         config = config_lib.resolve(table)
     result = evaluate_checkpoint(config, workdir, arguments.step)
     print("\n".join(f"{name:<16} {value}" for name, value in result.items()))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
@@ -64,7 +65,7 @@ def run_evaluate(workdir: Path, *extra: str) -> int:
     return int(exit_info.value.code or 0)
 
 
-def read(path: Path) -> dict[str, float]:
+def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
@@ -128,7 +129,12 @@ def test_another_mesh_goes_on_from_the_same_checkpoint(
     assert "mesh.expert (1 there, 4 now)" in capsys.readouterr().out
     ours, theirs = read(copied / "result.json"), read(finished / "result.json")
     assert ours["test/loss"] == pytest.approx(theirs["test/loss"], rel=1e-5)
-    run_evaluate(copied)
+    assert run_evaluate(copied) == 0
+    assert read(copied / "evaluation.json") == ours
+    config = read(copied / "config.json")
+    (copied / "config.json").write_text(json.dumps({**config, "mesh": {**config["mesh"], "data": 32}}))
+    assert run_evaluate(copied) == 0
+    assert "doesn't fill the 8 devices" in capsys.readouterr().out
     assert read(copied / "evaluation.json")["test/loss"] == pytest.approx(ours["test/loss"], rel=1e-6)
 
 

@@ -6,7 +6,7 @@ from moe.data.augment import Augment, augment, sample_maps, uniform, warp
 
 IMAGES = np.random.default_rng(0).random((16, 7, 8, 2), np.float32)
 POSITIONS = np.arange(16)
-ALL = Augment(shift=2.0, rotate_degrees=40.0, scale=0.5, flip=True)
+ALL = Augment(shift=2.0, rotate_degrees=40.0, scale=0.5, flip=True, shear_degrees=20.0)
 
 
 def test_warp_matches_scipy():
@@ -54,6 +54,15 @@ def test_shift_and_scale_stay_within_their_extents_and_reach_them():
     assert 1.24 < factor.max() <= 1.25
     np.testing.assert_allclose(np.abs(shift).max(axis=0), 1.5, atol=0.02)
     assert abs(np.corrcoef(shift.T)[0, 1]) < 0.15
+
+
+def test_a_slant_moves_rows_sideways_and_not_up_or_down():
+    matrix, _ = sample_maps(np.arange(500), Augment(shear_degrees=10.0), seed=2)
+    np.testing.assert_array_equal(matrix[:, 0], np.tile([1.0, 0.0], (500, 1)))
+    np.testing.assert_array_equal(matrix[:, 1, 1], 1.0)
+    degrees = np.rad2deg(np.arctan(matrix[:, 1, 0]))
+    assert -10 <= degrees.min() < -9.8
+    assert 9.8 < degrees.max() <= 10
 
 
 def test_flip_mirrors_about_half_of_the_images():
