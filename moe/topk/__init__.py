@@ -1,5 +1,6 @@
 """Differentiable top-k operators over the solvers of `moe.isotonic`."""
 
+from moe.topk.alternatives import entropic, lapsum, perturbed, straight_through
 from moe.topk.halving import (
     Selection,
     SlotWeights,
@@ -10,6 +11,7 @@ from moe.topk.halving import (
 from moe.topk.hard import hard_magnitude, hard_mask
 from moe.topk.pair_weights import BoostedNormalised, BoostedSoftmax, CentredBoost, PairWeights, Round, Softmax
 from moe.topk.pnorm import magnitude, mask
+from moe.topk.soft import soft_rank, soft_sort
 
 __all__ = [
     "BoostedNormalised",
@@ -20,11 +22,17 @@ __all__ = [
     "Selection",
     "SlotWeights",
     "Softmax",
+    "entropic",
     "hard_magnitude",
     "hard_mask",
     "iterative_softmax",
+    "lapsum",
     "magnitude",
     "mask",
+    "perturbed",
+    "soft_rank",
+    "soft_sort",
+    "straight_through",
     "successive_halving",
     "successive_halving_matrix",
 ]

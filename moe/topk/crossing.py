@@ -51,6 +51,8 @@ def _find(
         origin = jnp.where(pnorm.power(pnorm.selected_root(kth, strength, r), r) > 0.5 * kth, kth, 0)
     solution = solver.solve(ranked - origin, w, strength=strength, p=p, magnitude=magnitude, origin=origin)
     value = jnp.take(solution.value, index, axis=-1)[..., None]
+    # Sorting has moved a NaN away from its place.
+    kth = jnp.where(jnp.any(jnp.isnan(x), axis=-1, keepdims=True), jnp.nan, kth)
     return (x - kth) + ((kth - origin) - value), origin + value
 
 
