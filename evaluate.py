@@ -37,7 +37,7 @@ def choose_step(checkpoints: Checkpoints, wanted: int | None) -> int:
 
 
 def fit_mesh(table: ml_collections.ConfigDict) -> None:
-    """Puts a run from another number of devices on all those here, copied, and says so: only the speed depends on it."""
+    """Puts a run from another number of devices on all devices here, copied, and says so: only speed depends on it."""
     mesh = config_lib.resolve(table).mesh
     try:
         make_mesh(mesh)
