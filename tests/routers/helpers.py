@@ -78,11 +78,6 @@ def example_keys(num_examples: int = EXAMPLES) -> Keys:
     return jax.random.split(jax.random.key(11), num_examples)
 
 
-def noise_of(keys: Keys, std: float, num_experts: int = EXPERTS) -> Float[np.ndarray, "T E"]:
-    """The noise that a router adds to the logits, in float64."""
-    return std * np.asarray(example_noise(keys, keys.size * LENGTH, num_experts), np.float64)
-
-
 def readout_for(logits: np.ndarray) -> Float[np.ndarray, "T E"]:
     return np.random.default_rng(99).normal(size=logits.shape).astype(np.float32)
 
@@ -111,7 +106,7 @@ def assert_matches_oracle(
     inputs = RouterInputs(jnp.asarray(logits_TE), mask=jnp.asarray(mask_T))
     got = run(router, {}, inputs, {}, keys, readout_TE)
     real_T = np.flatnonzero(mask_T)
-    noise_TE = None if keys is None else noise_of(keys, 1.0)[real_T]
+    noise_TE = None if keys is None else np.asarray(example_noise(keys, *logits_TE.shape), np.float64)[real_T]
     expected: Expected = ask(router, logits_TE[real_T], noise_TE)
 
     assert isinstance(got.routed.routing, Assignments)

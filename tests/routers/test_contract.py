@@ -12,7 +12,6 @@ from moe.routers import ROUTERS, Router
 from moe.types import Assignments, Keys, PyTree, RouterInputs, Slots
 from tests.routers.helpers import (
     COMPILER_OPTIONS,
-    EXAMPLES,
     EXPERTS,
     LENGTH,
     TOKENS,
@@ -208,9 +207,3 @@ def test_state_keeps_its_shape_and_carries_no_gradient(name: str) -> None:
     assert jax.tree.structure(got.routed.state) == jax.tree.structure(state)
     for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(got.routed.state), strict=True):
         assert (before.shape, before.dtype) == (after.shape, after.dtype)
-
-
-def test_examples_tile_the_group() -> None:
-    """What the padding above rests on."""
-    assert TOKENS == EXAMPLES * LENGTH
-    assert PADDED.sum() == TOKENS - LENGTH

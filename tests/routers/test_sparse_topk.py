@@ -70,11 +70,11 @@ def test_the_cases_hold_hard_and_soft_masks_and_cut_choices() -> None:
 
 
 def test_a_chosen_expert_whose_weight_underflows_is_still_chosen() -> None:
-    """λ = .1 makes (200, 0, -50) the hard mask (1, 1, 0); the second expert's probability is 0 in float32."""
-    logits_TE = np.array([[200.0, 0.0, -50.0]], np.float32)
+    """λ = .1 makes (-50, 200, 0) the hard mask (0, 1, 1); the last expert's probability is 0 in float32."""
+    logits_TE = np.array([[-50.0, 200.0, 0.0]], np.float32)
     router = SparseTopK(k=2, strength=0.1, max_experts=2)
     routing = route(router, {}, RouterInputs(logits_TE), {}, example_keys(1))[0].routing
-    np.testing.assert_array_equal(routing.expert, [0, 1])
+    np.testing.assert_array_equal(routing.expert, [1, 2])
     np.testing.assert_array_equal(routing.valid, [True, True])
     np.testing.assert_array_equal(routing.weight, [1, 0])
 

@@ -19,7 +19,7 @@ WEIGHTS = {"balance_weight": 0.7, "importance_weight": 0.4, "z_weight": 0.05}
 # Of five experts three have a bye in the first of two rounds, or one in the only round.
 TRAINED = {
     "two rounds": SuccessiveHalving(k=2, base=7.0, **WEIGHTS),
-    "one": SuccessiveHalving(k=3, base=3.0, **WEIGHTS),
+    "one round": SuccessiveHalving(k=3, base=3.0, **WEIGHTS),
 }
 PADDED = np.arange(TOKENS) % 5 != 1
 
