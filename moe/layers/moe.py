@@ -89,7 +89,8 @@ class Moe(nnx.Module):
         mask_B = jnp.ones(num_examples, bool) if mask is None else mask
         mask_GT = jnp.broadcast_to(mask_B[:, None], (num_examples, length)).reshape(groups, num_tokens)
 
-        logits_GTE = jnp.einsum("GTD,DE->GTE", x_GTD.astype(jnp.float32), self.w_gate[...])
+        # Float32 throughout: by default TPUs and GPUs round the factors of a float32 product.
+        logits_GTE = jnp.einsum("GTD,DE->GTE", x_GTD.astype(jnp.float32), self.w_gate[...], precision="highest")
         inputs = RouterInputs(logits_GTE, tokens=x_GTD, mask=mask_GT)
         params, state = (jax.tree.map(_value, part, is_leaf=_is_variable) for part in self._router_variables())
         group_keys = None if keys is None else keys.reshape(groups, -1)

@@ -24,10 +24,10 @@ class Queues(NamedTuple):
 def capacity(factor: float, num_tokens: int, k: int, num_experts: int) -> int:
     """Slots per expert: ⌈factor·T·k/E⌉ rounded up to a multiple of 4 (V-MoE), and never more than T.
 
-    Raises ValueError unless factor > 0.
+    Raises ValueError unless 0 < factor < ∞.
     """
-    if not factor > 0:
-        raise ValueError(f"capacity_factor = {factor} must be positive.")
+    if not 0 < factor < math.inf:
+        raise ValueError(f"capacity_factor = {factor} must be positive and finite.")
     exact = math.ceil(Fraction(str(factor)) * num_tokens * k / num_experts)
     return min(-(-exact // 4) * 4, num_tokens)
 

@@ -55,7 +55,9 @@ class Softmax:
         if key is not None and self.noise:
             noisy_TE = logits_TE + noise_std * example_noise(key, *logits_TE.shape)
 
-        weight_TK, expert_TK = jax.lax.top_k(jax.nn.softmax(noisy_TE), self.k)
+        # Choosing by logit keeps the order of experts whose probabilities underflow.
+        expert_TK = jax.lax.top_k(jax.lax.stop_gradient(noisy_TE), self.k)[1]
+        weight_TK = jnp.take_along_axis(jax.nn.softmax(noisy_TE), expert_TK, axis=-1)
         priority_T = jax.lax.stop_gradient(weight_TK[:, 0]) if self.batch_priority else None
         if self.renormalize:
             weight_TK = weight_TK / jnp.sum(weight_TK, axis=-1, keepdims=True)

@@ -398,6 +398,15 @@ def test_bf16_tokens_are_routed_in_float32() -> None:
     np.testing.assert_allclose(low.output.y.astype(jnp.float32), full.output.y, rtol=0.05, atol=0.05)
 
 
+def test_the_gate_multiplies_in_full_float32_on_every_device() -> None:
+    """The default precision of TPUs and GPUs would round its factors: the lowered product asks for the highest."""
+    layer = make_layer(Fixed())
+    text = jax.jit(lambda x: layer(x, None, ONE_DEVICE)).lower(jnp.asarray(make_tokens())).as_text()
+    gate = [line for line in text.splitlines() if "dot_general" in line and f"tensor<{WIDTH}x{EXPERTS}xf32>" in line]
+    assert len(gate) == 1
+    assert "precision = [HIGHEST, HIGHEST]" in gate[0]
+
+
 def test_fewer_groups_than_devices_give_the_same_numbers() -> None:
     """Two groups on a mesh that cuts the batch into four."""
     layer, x, keys = make_layer(KNOWN["softmax"]), make_tokens(), example_keys()

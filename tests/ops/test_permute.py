@@ -34,9 +34,9 @@ def test_capacity_by_hand(factor: float, num_tokens: int, k: int, num_experts: i
     assert min(oracle.capacity(num_tokens, num_experts, k, factor), num_tokens) == expected
 
 
-@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan")])
-def test_capacity_must_be_positive(factor: float) -> None:
-    with pytest.raises(ValueError, match=rf"capacity_factor = {factor} must be positive"):
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])
+def test_capacity_must_be_positive_and_finite(factor: float) -> None:
+    with pytest.raises(ValueError, match=rf"capacity_factor = {factor} must be positive and finite"):
         capacity(factor, 8, 1, 2)
 
 

@@ -16,6 +16,7 @@ from tests.routers.helpers import (
     assert_matches_oracle,
     example_keys,
     readout_for,
+    route,
     run,
     unbalanced_logits,
 )
@@ -75,6 +76,13 @@ def test_noise_is_an_examples_own() -> None:
     moved = weights(elsewhere, keys[np.array([2, 3, 1, 0])])
     np.testing.assert_array_equal(moved[0], before[2])
     assert np.abs(weights(elsewhere, keys)[0] - before[2]).max() > 0.01
+
+
+def test_the_second_choice_is_the_better_one_where_its_probability_underflows() -> None:
+    """Beside a logit of 200, those of 0 and 60 both have probability 0 in float32."""
+    routing = route(Softmax(k=2), {}, RouterInputs(np.array([[0.0, 200.0, 60.0]], np.float32)), {}, None)[0].routing
+    np.testing.assert_array_equal(routing.expert, [1, 2])
+    np.testing.assert_array_equal(routing.weight, [1, 0])
 
 
 def test_settings_that_contradict_are_refused() -> None:
