@@ -56,10 +56,10 @@ def successive_halving(
 ) -> Selection:
     """Select k of n rows softly, in O(n log n + n d).
 
-    Every round sorts its m candidates by score (equal scores: the earlier first), pairs rank i with rank m-1-i, and puts
-    w_i E_i + w_j E_j with score w_i v_i + w_j v_j in place i of the next round, until k are left. `weights` says how w
-    follows from the scores; gradients flow through weights, scores and embeddings, not through the order. Where n is
-    not k 2^r, the first round is filled up to it with candidates that always lose, which gives the strongest a bye.
+    Every round sorts its m candidates by score (equal scores: the earlier first), pairs rank i with rank m-1-i, and
+    puts w_i E_i + w_j E_j with score w_i v_i + w_j v_j in place i of the next round, until k are left. `weights` gives
+    w from the scores; gradients flow through weights, scores and embeddings, not through the order. Where n is not
+    k 2^r, the first round is filled up to it with candidates that always lose, which gives the strongest a bye.
 
     The result's weights are `SlotWeights`. k = n plays no round and returns the input, in its own order. Scores must be
     finite; a NaN spoils its own batch entry only. Computed in float32 at least, returned in the dtypes of the inputs.
@@ -97,9 +97,9 @@ def iterative_softmax(
 ) -> Selection:
     """Select k of n rows by k softmaxes around the maximum, each of which then leaves the contest; O(k n d).
 
-    Row i mixes the embeddings with weights softmax(-sharpness (v - max v)^2), after which the best score is set to -10^4
-    (Goyal et al. 2017; the baseline of arXiv 2010.15552 has sharpness 2; 10^5 selects far more cleanly). The result's
-    weights are the k x n matrix, which is not built under `jit` unless it is read.
+    Row i mixes the embeddings with weights softmax(-sharpness (v - max v)^2), after which the best score is set to
+    -10^4 (Goyal et al. 2017; the baseline of arXiv 2010.15552 has sharpness 2; 10^5 selects far more cleanly). The
+    result's weights are the k x n matrix, which is not built under `jit` unless it is read.
 
     Raises ValueError for k outside 1..n, sharpness <= 0, shapes that do not match, and dtypes that are not floating.
     """

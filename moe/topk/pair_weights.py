@@ -20,7 +20,7 @@ _MAX_SINH = 5.0
 
 
 class Round(NamedTuple):
-    """One round: its number, from 0, and how many candidates enter, those that only fill up the first round included."""
+    """One round: its number, from 0, and how many candidates enter it, fillers of the first round included."""
 
     number: int
     entrants: int
@@ -91,8 +91,8 @@ class Softmax:
 class CentredBoost:
     """softmax(base^(u/2), base^(-u/2)), u the difference of the scores in units of the round's spread.
 
-    Every round keeps about the better half, so scores that are spread evenly over (0, 1] span half as much after it, and
-    weights that depend on the bare difference tend to 1/2 as rounds go on: the operator degrades as n/k grows. Here
+    Every round keeps about the better half, so scores that are spread evenly over (0, 1] span half as much after it,
+    and weights that depend on the bare difference tend to 1/2 as rounds go on: the operator degrades as n/k grows. Here
     u = 2^round (strong - weak) h / (h + 1), with h pairs in the round, is of order one in every round; the last factor
     allows for the larger part of the span that lies between neighbours where they are few. Only differences of scores
     matter, not their level. Exponential in u, the log odds leave close pairs undecided, which keeps their gradient.
