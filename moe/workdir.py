@@ -1,6 +1,6 @@
 """The folder of a run: which config it belongs to, and whether it can be written."""
 
-import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,14 @@ def open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> list[str]:
 
     Raises ValueError if the folder holds another config's checkpoints, OSError if it can't be written.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not os.access(workdir, os.W_OK | os.X_OK):
-        raise PermissionError(f"no write access to the workdir {workdir}: choose another with --workdir.")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"workdir {workdir} can't be written ({error.strerror}): choose another with --workdir."
+        ) from error
     path = workdir / "config.json"
     started = any((workdir / "checkpoints").glob("[0-9]*"))
     differences: list[str] = []

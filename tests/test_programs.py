@@ -251,7 +251,7 @@ def test_a_workdir_of_another_config_is_refused_and_left_as_it_is(
 
 def test_a_workdir_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("in the way")
-    mistake(capsys, run_train(tmp_path / "file" / "run"), cli.FAILURE, str(tmp_path / "file"))
+    mistake(capsys, run_train(tmp_path / "file" / "run"), cli.FAILURE, str(tmp_path / "file" / "run"), "--workdir")
 
 
 def test_evaluating_what_is_not_there(tmp_path: Path, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:

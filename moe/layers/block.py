@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Key
 from moe.layers.attention import Attention
 from moe.layers.mlp import Activation, Mlp
 from moe.layers.moe import Moe, MoeConfig, MoeOutput
-from moe.layers.param import RouterState, axes, stack
+from moe.layers.param import axes, stack
 from moe.parallel.mesh import constrain_batch
 from moe.routers.base import Router
 from moe.types import Losses, Metrics, PyTree
@@ -159,6 +159,3 @@ def layer_norm(config: BlocksConfig, key: jax.Array) -> nnx.LayerNorm:
         bias_metadata=axes(None),
         rngs=nnx.Rngs(key),
     )
-
-
-__all__ = ["Block", "Blocks", "BlocksConfig", "Period", "RouterOutputs", "RouterState", "layer_norm"]
