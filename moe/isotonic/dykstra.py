@@ -10,14 +10,15 @@ form the algorithm also serves p < 2, where a violating pair meets at the root o
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from moe.isotonic import pnorm
+from moe.isotonic import pnorm, ranked
 from moe.isotonic.checks import require
+from moe.isotonic.implementation import Bound, Crossing, check_implementation, choose, refusal
 from moe.isotonic.problem import Problem, as_problem, from_columns
 from moe.types import Solution
 
@@ -32,14 +33,27 @@ class Dykstra:
     steps: most sweeps; a sweep is both projections.
     tol: a problem stops after the sweep whose residual is at most tol * strength. With tol = 0 all problems run all
     steps; then nothing in the program depends on data, and a batch that is sharded needs no communication.
+    implementation, for top-k: "xla" is this file; "pallas_tpu" is a kernel for TPUs (the mask with p = 2, static k and
+    n <= 256; elsewhere NotImplementedError), which runs all steps; None picks the kernel where it can run.
     """
 
     steps: int = 100
     tol: float = 1e-6
+    implementation: str | None = None
 
     def __post_init__(self) -> None:
+        check_implementation(self.implementation)
         require(isinstance(self.steps, int) and self.steps >= 1, "steps", self.steps, "an integer >= 1")
         require(self.tol >= 0, "tol", self.tol, "a number >= 0")
+
+    def topk(
+        self, x: Float[Array, "*b n"], k: Any, *, strength: Float[Array, ""], p: float, magnitude: bool = False
+    ) -> Crossing:
+        """Find tau on unsorted finite values (x >= 0 for magnitude); k is static or traced. NaN where x has a NaN."""
+        kernel = Bound(_by_kernel, (("k", k), ("steps", self.steps)))
+        reference = Bound(ranked.topk, (("solver", self), ("k", k), ("p", p), ("magnitude", magnitude)))
+        refused = refusal(x, k, p, (1,), magnitude)
+        return choose(self.implementation, kernel, reference, refused, x, strength)
 
     def solve(
         self,
@@ -56,6 +70,13 @@ class Dykstra:
         value, steps, residual = _solve(problem, self.steps, self.tol)
         batch = s.shape[:-1]
         return Solution(from_columns(value, s.shape), steps.reshape(batch), residual.reshape(batch))
+
+
+def _by_kernel(x: Float[Array, "*b n"], strength: Float[Array, ""], *, k: int, steps: int) -> Crossing:
+    """The TPU kernel, imported where it is wanted."""
+    from moe.isotonic.kernels import dykstra
+
+    return dykstra.crossing(x, strength, k=k, steps=steps)
 
 
 class _State(NamedTuple):

@@ -22,23 +22,12 @@ from jaxtyping import Array, Float
 
 from moe.isotonic import pnorm
 from moe.isotonic.checks import require
+from moe.isotonic.implementation import Bound, Crossing, check_implementation, choose, refusal
 from moe.isotonic.layout import over_problems
 from moe.isotonic.selection import add_up, kth_largest
 from moe.types import Solution
 
 _MAX_KAPPA = 1e30
-
-
-class Crossing(NamedTuple):
-    """The threshold tau of each problem, in parts that do not cancel: x - tau is (x - center) + offset.
-
-    center: x_(k). offset: center - tau >= 0. value: tau. residual: as in `Solution`.
-    """
-
-    center: Float[Array, "..."]
-    offset: Float[Array, "..."]
-    value: Float[Array, "..."]
-    residual: Float[Array, "..."]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +39,16 @@ class Threshold:
 
     steps: halvings of the bracket; `newton` passes follow, which are exact once they know which entries lie strictly
     between 0 and 1 (p = 2) or converge quadratically (p < 2).
+    implementation: "xla" is this file; "pallas_tpu" is a kernel for TPUs (the mask with p = 2, 3/2 or 4/3, static k and
+    n <= 256; elsewhere NotImplementedError), which takes its own steps; None picks the kernel where it can run.
     """
 
     steps: int = 13
     newton: int = 3
+    implementation: str | None = None
 
     def __post_init__(self) -> None:
+        check_implementation(self.implementation)
         require(isinstance(self.steps, int) and self.steps >= 1, "steps", self.steps, "an integer >= 1")
         require(isinstance(self.newton, int) and self.newton >= 1, "newton", self.newton, "an integer >= 1")
 
@@ -63,12 +56,10 @@ class Threshold:
         self, x: Float[Array, "*b n"], k: Any, *, strength: Float[Array, ""], p: float, magnitude: bool = False
     ) -> Crossing:
         """Find tau on unsorted finite values (x >= 0 for magnitude); k is static or traced. NaN where x has a NaN."""
-        r = pnorm.exponent(p)
-
-        def find(entries: Float[Array, "a n c"], axes: tuple[int, ...], k: Any, strength: Array) -> Crossing:
-            return _crossing(entries, axes, k, strength, r, magnitude, self)
-
-        return over_problems(find, x, k, strength)
+        kernel = Bound(_by_kernel, (("k", k), ("p", p)))
+        reference = Bound(_by_bisection, (("solver", self), ("k", k), ("p", p), ("magnitude", magnitude)))
+        refused = refusal(x, k, p, (1, 2, 3), magnitude)
+        return choose(self.implementation, kernel, reference, refused, x, strength)
 
     def solve(
         self,
@@ -89,6 +80,25 @@ class Threshold:
         value = jnp.minimum(s, jnp.maximum(selected, crossing.value[..., None])) - origin
         steps = jnp.full(s.shape[:-1], self.steps + self.newton, jnp.int32)
         return Solution(value, steps, crossing.residual)
+
+
+def _by_kernel(x: Float[Array, "*b n"], strength: Float[Array, ""], *, k: int, p: float) -> Crossing:
+    """The TPU kernel, imported where it is wanted."""
+    from moe.isotonic.kernels import threshold
+
+    return threshold.crossing(x, strength, k=k, p=p)
+
+
+def _by_bisection(
+    x: Float[Array, "*b n"], strength: Float[Array, ""], *, solver: Threshold, k: Any, p: float, magnitude: bool
+) -> Crossing:
+    """The reference, in the memory layout that suits the platform."""
+    r = pnorm.exponent(p)
+
+    def find(entries: Float[Array, "a n c"], axes: tuple[int, ...], k: Any, strength: Array) -> Crossing:
+        return _crossing(entries, axes, k, strength, r, magnitude, solver)
+
+    return over_problems(find, x, k, strength)
 
 
 def _crossing(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float
 
-from moe.isotonic import Solver, pnorm
+from moe.isotonic import Solver, pnorm, ranked
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
@@ -38,22 +38,9 @@ def _find(
     k = traced_k if static_k is None else static_k
     if hasattr(solver, "topk"):
         found = solver.topk(x, k, strength=strength, p=p, magnitude=magnitude)
-        return (x - found.center[..., None]) + found.offset[..., None], found.value[..., None]
-
-    ranked = jnp.flip(jnp.sort(x, axis=-1), axis=-1)
-    w = (jnp.arange(x.shape[-1]) < k).astype(x.dtype)
-    index = jnp.asarray(k) - 1
-    kth = jnp.take(ranked, index, axis=-1)[..., None]
-    origin = kth
-    if magnitude:
-        # A solution far below x_(k) would cancel if it were counted from there.
-        r = pnorm.exponent(p)
-        origin = jnp.where(pnorm.power(pnorm.selected_root(kth, strength, r), r) > 0.5 * kth, kth, 0)
-    solution = solver.solve(ranked - origin, w, strength=strength, p=p, magnitude=magnitude, origin=origin)
-    value = jnp.take(solution.value, index, axis=-1)[..., None]
-    # Sorting has moved a NaN away from its place.
-    kth = jnp.where(jnp.any(jnp.isnan(x), axis=-1, keepdims=True), jnp.nan, kth)
-    return (x - kth) + ((kth - origin) - value), origin + value
+    else:
+        found = ranked.topk(x, strength, solver=solver, k=k, p=p, magnitude=magnitude)
+    return (x - found.center[..., None]) + found.offset[..., None], found.value[..., None]
 
 
 def is_pooled(

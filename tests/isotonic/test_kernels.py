@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
+from moe import isotonic, topk
 from moe.isotonic.kernels import dykstra, networks, threshold
 from moe.isotonic.kernels.tiles import Tiling
 from tests.oracles import operators
@@ -29,12 +32,12 @@ def make_rows(rng: np.random.Generator, rows: int, n: int) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames=("k", "p", "interpret"))
 def interpreted_mask(x, k, strength, p, interpret=True):
-    return threshold.mask(x, k, strength, p=p, interpret=interpret)
+    return threshold.mask(x, strength, k=k, p=p, interpret=interpret)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "steps", "interpret"))
 def interpreted_dykstra(x, k, strength, steps, interpret=True):
-    return dykstra.crossing(x, k, strength, steps=steps, interpret=interpret)
+    return dykstra.crossing(x, strength, k=k, steps=steps, interpret=interpret)
 
 
 # Networks ------------------------------------------------------------------------------------------------------------
@@ -82,7 +85,7 @@ def test_tiles_load_and_store_entries(problems: int, n: int) -> None:
         total[...] = sum(entries)
 
     run = functools.partial(tiling.run, double, arrays=1, scalars=1, scratch=[], name="double", interpret=True)
-    doubled, total = jax.jit(run)(x, jnp.full(1, 2.0))
+    doubled, total = jax.jit(run)(x, jnp.float32(0.5))
     picked = np.asarray(x)[:, some]
     np.testing.assert_array_equal(np.asarray(doubled)[:, some], 2 * picked)
     np.testing.assert_allclose(total, picked.sum(axis=1), rtol=1e-5, atol=1e-5)
@@ -157,7 +160,8 @@ def test_dykstra_makes_the_published_sweeps(n: int, k: int, steps: int) -> None:
     x = make_rows(np.random.default_rng(n), 30, n)[:20]
     strength = 0.7
     found = interpreted_dykstra(x, k, strength, steps)
-    for row, center, offset, residual in zip(x, *map(np.asarray, found), strict=True):
+    parts = (found.center, found.offset, found.residual)
+    for row, center, offset, residual in zip(x, *map(np.asarray, parts), strict=True):
         value, apart = float64_sweeps(row, k, strength, steps)
         boundary = value[k - 1 : k + 1].mean()
         low, high = center - strength, -np.sort(-row)[k]
@@ -176,24 +180,58 @@ def test_dykstra_converges_to_the_mask_and_says_so() -> None:
     assert found.residual.max() <= 1e-6
 
 
-# Where there is no kernel --------------------------------------------------------------------------------------------
+# Which implementation runs --------------------------------------------------------------------------------------------
+
+SOLVERS = (isotonic.Threshold, isotonic.Dykstra)
 
 
-def test_refuses_what_it_cannot_do() -> None:
-    x = jnp.zeros((4, 300))
-    with pytest.raises(NotImplementedError, match="n <= 256, not 300"):
-        threshold.mask(x, 2, 1.0, p=2.0)
-    with pytest.raises(NotImplementedError, match=r"p in \(4/3, 3/2, 2\), not 1.7"):
-        threshold.mask(x[:, :8], 2, 1.0, p=1.7)
-    with pytest.raises(NotImplementedError, match="static k"):
-        jax.jit(lambda k: dykstra.crossing(x[:, :8], k, 1.0, steps=3))(2)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_off_tpu_none_is_xla(solver: type) -> None:
+    x = jnp.asarray(make_rows(np.random.default_rng(4), 12, 8)).reshape(3, 4, 8)
+    problem = {"strength": jnp.float32(0.3), "p": 2.0}
+    expected = solver(implementation="xla").topk(x, 2, **problem)
+    assert_same(solver().topk(x, 2, **problem), expected)
+    batched = jax.vmap(lambda row: solver().topk(row, 2, **problem), in_axes=1, out_axes=1)(x)
+    assert_same(batched, expected)
+    strengths = jnp.array([0.3, 0.7])
+    each = jax.vmap(lambda strength: solver().topk(x, 2, strength=strength, p=2.0))(strengths)
+    assert_same(jax.tree.map(lambda a: a[0], each), expected)
+
+
+def assert_same(found, expected) -> None:
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), found, expected)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_solvers_reach_their_kernels(solver: type) -> None:
+    x = jnp.asarray(make_rows(np.random.default_rng(5), 6, 8)).reshape(2, 3, 8)
+    with pltpu.force_tpu_interpret_mode():
+        y = topk.mask(x, 2, strength=0.3, p=2.0, solver=solver(implementation="pallas_tpu"))
+    expected = topk.mask(x, 2, strength=0.3, p=2.0, solver=solver(implementation="xla"))
+    np.testing.assert_allclose(y, expected, rtol=0, atol=2e-6)
+
+
+def test_a_kernel_asked_for_by_name_runs_or_raises() -> None:
+    x, solver = jnp.zeros((4, 300)), isotonic.Threshold(implementation="pallas_tpu")
+    problem = {"strength": jnp.float32(1.0), "p": 2.0}
+    with pytest.raises(NotImplementedError, match="n <= 256, not 300: use implementation='xla'"):
+        solver.topk(x, 2, **problem)
+    with pytest.raises(NotImplementedError, match=r"p in \(2.0, 1.5, 1.33.*\), not 1.7"):
+        solver.topk(x[:, :8], 2, strength=problem["strength"], p=1.7)
+    with pytest.raises(NotImplementedError, match="not the magnitude"):
+        solver.topk(x[:, :8], 2, **problem, magnitude=True)
+    with pytest.raises(NotImplementedError, match="k as a Python integer"):
+        jax.jit(lambda k: isotonic.Dykstra(implementation="pallas_tpu").topk(x[:, :8], k, **problem))(2)
+    with pytest.raises(ValueError, match="implementation is triton, but must be one of"):
+        isotonic.Dykstra(implementation="triton")
 
 
 # The real compiler ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def v5e(monkeypatch: pytest.MonkeyPatch) -> jax.sharding.Sharding:
+def v5e(monkeypatch: pytest.MonkeyPatch) -> Mesh:
+    """Four devices that this machine doesn't have."""
     pytest.importorskip("libtpu", reason="libtpu is not installed: pip install 'moe-jax[tpu-aot]'")
     for name, value in {
         "TPU_ACCELERATOR_TYPE": "v5e-4",
@@ -203,21 +241,38 @@ def v5e(monkeypatch: pytest.MonkeyPatch) -> jax.sharding.Sharding:
     }.items():
         monkeypatch.setenv(name, value)
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    return jax.sharding.SingleDeviceSharding(topology.devices[0])
+    return Mesh(np.array(topology.devices), ("data",))
+
+
+def compile_for(function, x_sharding, strength_sharding, n: int) -> str:
+    """The optimised program, as text, for 4096 rows."""
+    x = jax.ShapeDtypeStruct((4096, n), jnp.float32, sharding=x_sharding)
+    strength = jax.ShapeDtypeStruct((), jnp.float32, sharding=strength_sharding)
+    return jax.jit(function).trace(x, strength).lower(lowering_platforms=("tpu",)).compile().as_text()
 
 
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize("n", [8, 32, 128])
-def test_kernels_compile_for_a_tpu_without_moving_their_input(n: int, v5e: jax.sharding.Sharding) -> None:
+def test_kernels_compile_for_a_tpu_without_moving_their_input(n: int, v5e: Mesh) -> None:
     def both(x, strength):
-        return threshold.mask(x, 2, strength, p=4 / 3), dykstra.crossing(x, 2, strength, steps=4)
+        return threshold.mask(x, strength, k=2, p=4 / 3), dykstra.crossing(x, strength, k=2, steps=4)
 
-    arguments = (
-        jax.ShapeDtypeStruct((4096, n), jnp.float32, sharding=v5e),
-        jax.ShapeDtypeStruct((), jnp.float32, sharding=v5e),
-    )
-    compiled = jax.jit(both).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
-    lines = compiled.as_text().splitlines()
+    one_device = SingleDeviceSharding(v5e.devices[0])
+    lines = compile_for(both, one_device, one_device, n).splitlines()
     assert sum("tpu_custom_call" in line for line in lines) == 2
-    moved = [line for line in lines if f"f32[4096,{n}]" in line.split("=")[-1] and " transpose(" in line]
-    assert not moved
+    assert not [line for line in lines if " transpose(" in line]
+
+
+@pytest.mark.tpu_aot
+def test_none_picks_the_kernel_where_one_device_holds_the_batch(v5e: Mesh) -> None:
+    def mask(x, strength):
+        return topk.mask(x, 2, strength=strength, p=2.0)
+
+    one_device = SingleDeviceSharding(v5e.devices[0])
+    assert compile_for(mask, one_device, one_device, 8).count("tpu_custom_call") == 1
+    rows, all_devices = NamedSharding(v5e, P("data")), NamedSharding(v5e, P())
+    mapped = jax.shard_map(mask, mesh=v5e, in_specs=(P("data"), P()), out_specs=P("data"))
+    assert compile_for(mapped, rows, all_devices, 8).count("tpu_custom_call") == 1
+    partitioned = compile_for(mask, rows, all_devices, 8)
+    assert "tpu_custom_call" not in partitioned
+    assert "all-gather" not in partitioned

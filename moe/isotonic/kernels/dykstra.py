@@ -8,15 +8,16 @@ infinities do no harm. No permutation is needed: tau is read off the sorted solu
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from moe.isotonic.implementation import Crossing
 from moe.isotonic.kernels import networks
-from moe.isotonic.kernels.tiles import Tiling, refuse
+from moe.isotonic.kernels.tiles import Tiling
 
 # Sweeps per trip of the loop: fewer copies of loop-carried values.
 _SWEEPS_PER_TRIP = 3
@@ -24,34 +25,21 @@ _SWEEPS_PER_TRIP = 3
 _NEVER = -1e30
 
 
-class Crossing(NamedTuple):
-    """The threshold of each problem: x - tau is (x - center) + offset.
-
-    center: x_(k). offset: center - tau, in [0, strength]. residual: how far the two projections of the last sweep lie
-    apart, in units of x.
-    """
-
-    center: Float[Array, "T"]
-    offset: Float[Array, "T"]
-    residual: Float[Array, "T"]
-
-
 def crossing(
-    x: Float[Array, "T n"], k: Any, strength: Float[Array, ""] | float, *, steps: int, interpret: Any = False
+    x: Float[Array, "*b n"], strength: Float[Array, ""] | float, *, k: int, steps: int, interpret: Any = False
 ) -> Crossing:
-    """tau of the mask with p = 2 for each row of x, after exactly `steps` sweeps: as good as the residual says.
+    """tau of the mask with p = 2 for every problem along the last axis, after exactly `steps` sweeps.
 
-    The mask is clip((x - tau)/strength, 0, 1). Static k and steps >= 1; strength may be traced. A row with a NaN, or
-    whose k-th largest entry is infinite, gives NaN. interpret: False compiles for a TPU; True or
-    `pltpu.InterpretParams()` runs on any machine. Not differentiable. NotImplementedError where there is no kernel.
+    The mask is clip((x - tau)/strength, 0, 1), as good as the residual says: how far the two projections of the last
+    sweep lie apart. Static k and steps >= 1; strength may be traced. A problem with a NaN, or whose k-th largest entry
+    is infinite, gives NaN. interpret: False compiles for a TPU; True or `pltpu.InterpretParams()` runs on any machine.
     """
-    refuse(x, k)
     tiling = Tiling.of(x)
     strength = jnp.asarray(strength, jnp.float32)
     center, offset, residual = tiling.run(
         functools.partial(_kernel, tiling=tiling, k=k, steps=steps),
-        x.astype(jnp.float32),
-        (1 / strength).reshape(1),
+        x,
+        strength,
         arrays=0,
         scalars=3,
         scratch=[
@@ -61,7 +49,7 @@ def crossing(
         name="dykstra",
         interpret=interpret,
     )
-    return Crossing(center, strength * offset, strength * residual)
+    return Crossing(center, strength * offset, center - strength * offset, strength * residual)
 
 
 def _kernel(inverse_strength: Any, block: Any, *refs: Any, tiling: Tiling, k: int, steps: int) -> None:

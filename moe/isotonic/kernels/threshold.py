@@ -21,10 +21,11 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from moe.isotonic import pnorm
+from moe.isotonic.implementation import Crossing
 from moe.isotonic.kernels import networks
-from moe.isotonic.kernels.tiles import Tiling, refuse
+from moe.isotonic.kernels.tiles import Tiling
 
-_EXPONENTS = {4 / 3: 3, 3 / 2: 2, 2.0: 1}
 _STEPS = 8
 _MOST_REPAIRS = 40
 # More entries than this are summed by a loop: unrolled, the compiler holds all their terms at once, and spills.
@@ -35,56 +36,43 @@ _BRACKET_TOLERANCE = 1e-7
 _TINY = 1e-30
 
 
-class Crossing(NamedTuple):
-    """The threshold of each problem: x - tau is (x - center) + offset.
-
-    center: x_(k). offset: center - tau, in [0, strength]. residual: size of the last step of tau, in units of x.
-    """
-
-    center: Float[Array, "T"]
-    offset: Float[Array, "T"]
-    residual: Float[Array, "T"]
-
-
 def crossing(
-    x: Float[Array, "T n"], k: Any, strength: Float[Array, ""] | float, *, p: float, interpret: Any = False
+    x: Float[Array, "*b n"], strength: Float[Array, ""] | float, *, k: int, p: float, interpret: Any = False
 ) -> Crossing:
-    """tau such that sum_i clip((x_i - tau)/strength, 0, 1)^(1/(p-1)) = k, for each row of x.
+    """tau such that sum_i clip((x_i - tau)/strength, 0, 1)^(1/(p-1)) = k, for every problem along the last axis.
 
-    p in {4/3, 3/2, 2} and static k; strength may be traced. A row with a NaN, or whose k-th largest entry is infinite,
-    gives NaN. interpret: False compiles for a TPU; True or `pltpu.InterpretParams()` runs on any machine.
-    Not differentiable: derivatives follow from the solution. NotImplementedError where there is no kernel.
+    p in {4/3, 3/2, 2} and static k; strength may be traced. A problem with a NaN, or whose k-th largest entry is
+    infinite, gives NaN. residual: size of the last step of tau. interpret: False compiles for a TPU; True or
+    `pltpu.InterpretParams()` runs on any machine. Not differentiable: derivatives follow from the solution.
     """
-    return Crossing(*_run(x, k, strength, p, interpret, arrays=0))
+    return _run(x, strength, k, p, interpret, arrays=0)[1]
 
 
 def mask(
-    x: Float[Array, "T n"], k: Any, strength: Float[Array, ""] | float, *, p: float, interpret: Any = False
-) -> tuple[Float[Array, "T n"], Crossing]:
+    x: Float[Array, "*b n"], strength: Float[Array, ""] | float, *, k: int, p: float, interpret: Any = False
+) -> tuple[Float[Array, "*b n"], Crossing]:
     """The mask itself, written by the same kernel, and what `crossing` returns."""
-    y, *scalars = _run(x, k, strength, p, interpret, arrays=1)
-    return y, Crossing(*scalars)
+    (y,), found = _run(x, strength, k, p, interpret, arrays=1)
+    return y, found
 
 
-def _run(x: Array, k: Any, strength: Array | float, p: float, interpret: Any, arrays: int) -> list[Array]:
-    """Check, and call the kernel; strength-free results come back in units of x."""
-    refuse(x, k)
-    if p not in _EXPONENTS:
-        raise NotImplementedError(f"the Threshold kernel serves p in (4/3, 3/2, 2), not {p}: use implementation='xla'")
+def _run(
+    x: Array, strength: Array | float, k: int, p: float, interpret: Any, arrays: int
+) -> tuple[list[Array], Crossing]:
+    """Call the kernel on all problems; what it computes free of strength comes back in units of x."""
     tiling = Tiling.of(x)
     strength = jnp.asarray(strength, jnp.float32)
-    kernel = functools.partial(_kernel, tiling=tiling, k=k, r=_EXPONENTS[p], arrays=arrays)
     *masks, center, offset, residual = tiling.run(
-        kernel,
-        x.astype(jnp.float32),
-        (1 / strength).reshape(1),
+        functools.partial(_kernel, tiling=tiling, k=k, r=int(pnorm.exponent(p)), arrays=arrays),
+        x,
+        strength,
         arrays=arrays,
         scalars=3,
         scratch=[pltpu.VMEM((tiling.n, *tiling.entry), jnp.float32)],
         name="threshold",
         interpret=interpret,
     )
-    return [*masks, center, strength * offset, strength * residual]
+    return masks, Crossing(center, strength * offset, center - strength * offset, strength * residual)
 
 
 def _kernel(inverse_strength: Any, block: Any, *refs: Any, tiling: Tiling, k: int, r: int, arrays: int) -> None:

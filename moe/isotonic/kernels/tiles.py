@@ -8,6 +8,8 @@ and the kernel transposes its tile on the way in and out.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,41 +21,34 @@ from jaxtyping import Array, Float
 
 SUBLANES = 8
 LANES = 128
-# Larger problems have their code unrolled too far, and a router has none.
-LARGEST_N = 256
 # Small problems take several registers per entry, so that independent work hides latencies.
 _REGISTERS = 32
 _MOST_ROWS = 32
-
-
-def refuse(x: Float[Array, "T n"], k: object) -> None:
-    """Raise NotImplementedError where the kernels cannot serve: n > 256, float64, or a traced k."""
-    if x.shape[1] > LARGEST_N:
-        raise NotImplementedError(f"the TPU kernels serve n <= {LARGEST_N}, not {x.shape[1]}: use implementation='xla'")
-    if x.dtype == jnp.float64:
-        raise NotImplementedError("the TPU kernels compute in float32, not float64: use implementation='xla'")
-    if isinstance(k, jax.core.Tracer):
-        raise NotImplementedError("the TPU kernels need a static k, not a traced one: use implementation='xla'")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
     """How T problems of n entries are cut into tiles of rows x 128 problems, `rows` a multiple of 8.
 
-    n, problems: the shape of the input. rows: sublanes that one entry of a tile fills.
+    batch, n: the shape of the input. rows: sublanes that one entry of a tile fills.
     """
 
+    batch: tuple[int, ...]
     n: int
-    problems: int
     rows: int
 
     @classmethod
-    def of(cls, x: Float[Array, "T n"]) -> "Tiling":
+    def of(cls, x: Float[Array, "*b n"]) -> "Tiling":
         """Tiles as large as registers allow and the number of problems can use."""
-        problems, n = x.shape
+        *batch, n = x.shape
         rows = min(SUBLANES * max(1, _REGISTERS // n), _MOST_ROWS)
-        used = -(-problems // (SUBLANES * LANES)) * SUBLANES
-        return cls(n, problems, min(rows, used))
+        used = -(-math.prod(batch) // (SUBLANES * LANES)) * SUBLANES
+        return cls(tuple(batch), n, min(rows, used))
+
+    @property
+    def problems(self) -> int:
+        """T, over all axes of the batch."""
+        return math.prod(self.batch)
 
     @property
     def transposes(self) -> bool:
@@ -75,8 +70,9 @@ class Tiling:
         """Shape of a tile as `load` and `store` see it."""
         return -(-self.n // SUBLANES), self.rows * SUBLANES, LANES
 
-    def wrap(self, x: Float[Array, "T n"]) -> Float[Array, "..."]:
+    def wrap(self, x: Float[Array, "*b n"]) -> Float[Array, "..."]:
         """The array as the kernel reads it, padded to whole tiles."""
+        x = x.reshape(self.problems, self.n).astype(jnp.float32)
         problems = self.tiles * self.rows * LANES
         if self.transposes:
             return jnp.pad(x, ((0, problems - self.problems), (0, 0)))
@@ -85,17 +81,17 @@ class Tiling:
         split = padded.reshape(groups, SUBLANES, problems // LANES, LANES)
         return split.transpose(0, 2, 1, 3).reshape(groups, -1, LANES)
 
-    def unwrap(self, y: Float[Array, "..."]) -> Float[Array, "T n"]:
+    def unwrap(self, y: Float[Array, "..."]) -> Float[Array, "*b n"]:
         """Undo `wrap`."""
-        if self.transposes:
-            return y[: self.problems]
-        groups = y.shape[0]
-        split = y.reshape(groups, -1, SUBLANES, LANES).transpose(0, 2, 1, 3)
-        return split.reshape(groups * SUBLANES, -1)[: self.n, : self.problems].T
+        if not self.transposes:
+            groups = y.shape[0]
+            split = y.reshape(groups, -1, SUBLANES, LANES).transpose(0, 2, 1, 3)
+            y = split.reshape(groups * SUBLANES, -1)[: self.n].T
+        return y[: self.problems].reshape(*self.batch, self.n)
 
-    def unwrap_scalars(self, y: Float[Array, "rows lanes"]) -> Float[Array, "T"]:
+    def unwrap_scalars(self, y: Float[Array, "rows lanes"]) -> Float[Array, "*b"]:
         """One number per problem, without the padding."""
-        return y.reshape(-1)[: self.problems]
+        return y.reshape(-1)[: self.problems].reshape(self.batch)
 
     def load(self, staged: Any, index: int) -> Float[Array, "rows lanes"]:
         """One entry of all problems of the tile."""
@@ -133,8 +129,8 @@ class Tiling:
     def run(
         self,
         kernel: Callable[..., None],
-        x: Float[Array, "T n"],
-        inverse_strength: Float[Array, "1"],
+        x: Float[Array, "*b n"],
+        strength: Float[Array, ""],
         *,
         arrays: int,
         scalars: int,
@@ -142,7 +138,7 @@ class Tiling:
         name: str,
         interpret: Any,
     ) -> list[Array]:
-        """Call kernel(inverse strength, x, array outputs, scalar outputs, staging, scratch) on every tile.
+        """Call kernel(1 / strength, x, array outputs, scalar outputs, staging, scratch) on every tile.
 
         arrays, scalars: how many outputs of n numbers and of one number per problem the kernel writes.
         """
@@ -152,17 +148,20 @@ class Tiling:
         else:
             block = pl.BlockSpec(self.staged, lambda tile: (0, tile, 0))
         scalar = pl.BlockSpec(self.entry, lambda tile: (tile, 0))
-        scalar_shape = jax.ShapeDtypeStruct((self.tiles * self.rows, LANES), jnp.float32)
+        # Inside shard_map, outputs vary over the mesh as the input does.
+        output = functools.partial(
+            jax.ShapeDtypeStruct, dtype=jnp.float32, manual_axis_type=jax.typeof(wrapped).manual_axis_type
+        )
         staging = [pltpu.VMEM(self.staged, jnp.float32)] * (1 + arrays if self.transposes else 0)
         outputs = pl.pallas_call(
             kernel,
             grid=(self.tiles,),
             in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), block],
             out_specs=[block] * arrays + [scalar] * scalars,
-            out_shape=[jax.ShapeDtypeStruct(wrapped.shape, jnp.float32)] * arrays + [scalar_shape] * scalars,
+            out_shape=[output(wrapped.shape)] * arrays + [output((self.tiles * self.rows, LANES))] * scalars,
             scratch_shapes=[*scratch, *staging],
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
             interpret=interpret,
             name=name,
-        )(inverse_strength, wrapped)
+        )((1 / strength).reshape(1), wrapped)
         return [self.unwrap(y) for y in outputs[:arrays]] + [self.unwrap_scalars(y) for y in outputs[arrays:]]
