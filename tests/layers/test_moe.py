@@ -20,13 +20,12 @@ from moe.routers.base import example_noise
 from moe.types import Assignments, Keys, PyTree, Routed, RouterInputs, Slots
 from tests.oracles import operators
 from tests.oracles import routing as oracle
+from tests.routers.helpers import COMPILER_OPTIONS
 
 EXAMPLES, LENGTH, WIDTH, HIDDEN, EXPERTS, GROUP = 4, 3, 6, 5, 4, 2
 GROUPS, TOKENS = EXAMPLES // GROUP, GROUP * LENGTH
 CONFIG = MoeConfig(num_experts=EXPERTS, expert_width=HIDDEN, group_size=GROUP, capacity_factor=0.8)
 ONE_DEVICE = make_mesh(MeshConfig(), jax.devices()[:1])
-# Half of a test's time would go into optimising programs that run for microseconds.
-COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 
 # Settings apart from the defaults, whose routing the float64 routers below can follow.
 KNOWN: dict[str, Router] = {
@@ -240,8 +239,13 @@ def test_one_expert_is_the_dense_network(name: str) -> None:
     x = make_tokens()
     got = run(layer, x, example_keys())
     graph, state = nnx.split(dense)
-    y, pull_back = jax.vjp(lambda state, x: nnx.merge(graph, state)(x), state, jnp.asarray(x))
-    gradient, x_gradient = pull_back(jnp.asarray(readout(x)))
+
+    def total(state: PyTree, x: Array) -> tuple[Array, Array]:
+        y = nnx.merge(graph, state)(x)
+        return jnp.sum(y * readout(x)), y
+
+    gradients = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True), compiler_options=COMPILER_OPTIONS)
+    (gradient, x_gradient), y = gradients(state, jnp.asarray(x))
     np.testing.assert_allclose(got.output.y, y, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(got.gradient["x"], x_gradient, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(got.gradient["w_gate"], 0, atol=1e-6)

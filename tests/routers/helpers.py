@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jaxtyping import Array, Bool, Float
 
 from moe.routers import Router
@@ -16,6 +17,11 @@ from tests.oracles import routing as oracle
 
 EXAMPLES, LENGTH, EXPERTS = 4, 3, 5
 TOKENS = EXAMPLES * LENGTH
+
+# A group without padding, and one where some tokens of most examples are.
+with_and_without_padding = pytest.mark.parametrize(
+    "mask_T", [np.ones(TOKENS, bool), np.arange(TOKENS) % 5 != 1], ids=["full", "padded"]
+)
 
 
 # Half of a test's time would go into optimising programs that run for microseconds.

@@ -19,6 +19,7 @@ from tests.routers.helpers import (
     route,
     run,
     unbalanced_logits,
+    with_and_without_padding,
 )
 
 WEIGHTS = {"importance_weight": 0.7, "balance_weight": 0.4, "z_weight": 0.05}
@@ -29,7 +30,6 @@ TRAINED = {
     ),
     "one choice, by priority, no noise": Softmax(k=1, noise=0.0, load_weight=0.0, batch_priority=True, **WEIGHTS),
 }
-PADDED = np.arange(TOKENS) % 5 != 1
 
 
 def ask(router: Softmax, logits_TE: np.ndarray, noise_TE: np.ndarray | None) -> Expected:
@@ -51,7 +51,7 @@ def ask(router: Softmax, logits_TE: np.ndarray, noise_TE: np.ndarray | None) -> 
     return Expected(rows, {name: weights[name] * value for name, value in unweighted.items()}, unweighted)
 
 
-@pytest.mark.parametrize("mask_T", [np.ones(TOKENS, bool), PADDED], ids=["full", "padded"])
+@with_and_without_padding
 @pytest.mark.parametrize("name", TRAINED)
 def test_training_matches_the_oracle(name: str, mask_T: np.ndarray) -> None:
     assert_matches_oracle(TRAINED[name], ask, unbalanced_logits(), mask_T, example_keys())

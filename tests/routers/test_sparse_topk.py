@@ -16,6 +16,7 @@ from tests.routers.helpers import (
     example_keys,
     route,
     unbalanced_logits,
+    with_and_without_padding,
 )
 
 WEIGHTS = {"balance_weight": 0.7, "importance_weight": 0.4, "z_weight": 0.05}
@@ -24,7 +25,6 @@ TRAINED = {
     "p=3/2, at most two": SparseTopK(k=1, strength=2.5, p=1.5, max_experts=2, **WEIGHTS),
     "p=4/3, at most four": SparseTopK(k=3, strength=1.5, p=4 / 3, max_experts=4, **WEIGHTS),
 }
-PADDED = np.arange(TOKENS) % 5 != 1
 
 
 def masks(router: SparseTopK, logits_TE: np.ndarray) -> np.ndarray:
@@ -47,7 +47,7 @@ def ask(router: SparseTopK, logits_TE: np.ndarray, noise_TE: np.ndarray | None) 
     return Expected(rows, losses, {**unweighted, "hard_mask_share": hard})
 
 
-@pytest.mark.parametrize("mask_T", [np.ones(TOKENS, bool), PADDED], ids=["full", "padded"])
+@with_and_without_padding
 @pytest.mark.parametrize("name", TRAINED)
 def test_training_matches_the_oracle(name: str, mask_T: np.ndarray) -> None:
     assert_matches_oracle(TRAINED[name], ask, unbalanced_logits(), mask_T, example_keys())

@@ -13,6 +13,7 @@ from tests.routers.helpers import (
     example_keys,
     route,
     unbalanced_logits,
+    with_and_without_padding,
 )
 
 WEIGHTS = {"balance_weight": 0.7, "importance_weight": 0.4, "z_weight": 0.05}
@@ -21,7 +22,6 @@ TRAINED = {
     "two rounds": SuccessiveHalving(k=2, base=7.0, **WEIGHTS),
     "one round": SuccessiveHalving(k=3, base=3.0, **WEIGHTS),
 }
-PADDED = np.arange(TOKENS) % 5 != 1
 
 
 def ask(router: SuccessiveHalving, logits_TE: np.ndarray, noise_TE: np.ndarray | None) -> Expected:
@@ -37,7 +37,7 @@ def ask(router: SuccessiveHalving, logits_TE: np.ndarray, noise_TE: np.ndarray |
     return Expected(rows, losses, {**unweighted, "mass_left_out": left_out})
 
 
-@pytest.mark.parametrize("mask_T", [np.ones(TOKENS, bool), PADDED], ids=["full", "padded"])
+@with_and_without_padding
 @pytest.mark.parametrize("name", TRAINED)
 def test_training_matches_the_oracle(name: str, mask_T: np.ndarray) -> None:
     assert_matches_oracle(TRAINED[name], ask, unbalanced_logits(), mask_T, example_keys())
