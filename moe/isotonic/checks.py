@@ -1,12 +1,17 @@
 """Checks of what a user passes to solvers and operators: one sentence with the number and what is allowed."""
 
 import numbers
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
+
+# What public functions accept before they check it: an annotation that rejected more would hide the sentence below.
+Input: TypeAlias = Shaped[Array, "..."]
+Scalar: TypeAlias = float | int | np.number | Shaped[Array, "..."] | Shaped[np.ndarray, "..."]
+Count: TypeAlias = int | np.integer | Shaped[Array, "..."] | Shaped[np.ndarray, "..."]
 
 
 def require(condition: bool, name: str, value: object, allowed: str) -> None:

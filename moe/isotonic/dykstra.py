@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moe.isotonic import pnorm, ranked
 from moe.isotonic.checks import require
 from moe.isotonic.implementation import Bound, Crossing, check_implementation, choose, refusal
+from moe.isotonic.layout import over_columns
 from moe.isotonic.problem import Problem, as_problem, from_columns
 from moe.types import Solution
 
@@ -67,7 +68,14 @@ class Dykstra:
     ) -> Solution:
         """Solve along the last axis for any w; `origin` is what was subtracted from s (and is missing in the value)."""
         problem = as_problem(s, w, strength, p, magnitude, jnp.asarray(origin, s.dtype))
-        value, steps, residual = _solve(problem, self.steps, self.tol)
+        # A mask has no quadratic part, which is no array.
+        columns = [a for a in problem[:3] if a is not None]
+
+        def sweep(*columns: Array) -> tuple[Array, Array, Array]:
+            s, linear, quadratic = columns if magnitude else (*columns, None)
+            return _solve(Problem(s, linear, quadratic, problem.strength, problem.r), self.steps, self.tol)
+
+        value, steps, residual = over_columns(sweep, *columns)
         batch = s.shape[:-1]
         return Solution(from_columns(value, s.shape), steps.reshape(batch), residual.reshape(batch))
 
@@ -109,10 +117,12 @@ def _solve(problem: Problem, steps: int, tol: float) -> tuple[Array, Array, Arra
 
     if tol == 0:
         # The last sweep stands apart, so that only it spends time on values and residual.
-        multipliers = lax.fori_loop(
-            0, steps - 1, lambda _, a: (b := _project(problem, 0, a[1])[0], _project(problem, 1, b)[0]), state[:2]
-        )
-        state = sweep(state._replace(first=multipliers[0], second=multipliers[1]))
+        def sweep_multipliers(_: Array, multipliers: tuple[Array, Array]) -> tuple[Array, Array]:
+            first, _ = _project(problem, 0, multipliers[1])
+            return first, _project(problem, 1, first)[0]
+
+        first, second = lax.fori_loop(0, steps - 1, sweep_multipliers, (state.first, state.second))
+        state = sweep(state._replace(first=first, second=second))
         return state.value, jnp.full(problems, steps, jnp.int32), state.residual
 
     goal = tol * problem.strength

@@ -60,9 +60,7 @@ def _at_once(solve: Solve, rows: Float[Array, "T n"], k: Any, strength: Float[Ar
 def _in_blocks(solve: Solve, rows: Float[Array, "T n"], k: Any, strength: Float[Array, ""]) -> Any:
     """Blocks of problems that fit the cache, one after the other, with problems as vector lanes."""
     problems, n = rows.shape
-    parts = _PARTS if problems % _PARTS == 0 else 1
-    each = problems // parts
-    width = max(1, min(each, _BLOCK_PROBLEMS // parts, _BLOCK_ENTRIES // (parts * n)))
+    parts, each, width = _block_sizes(problems, n)
     padded = jnp.pad(rows.reshape(parts, each, n), ((0, 0), (0, -each % width), (0, 0)))
     blocks = padded.reshape(parts, -1, width, n)
 
@@ -72,3 +70,35 @@ def _in_blocks(solve: Solve, rows: Float[Array, "T n"], k: Any, strength: Float[
 
     result = lax.map(one, jnp.arange(blocks.shape[1]))
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(parts, -1)[:, :each].reshape(-1), result)
+
+
+def over_columns(solve: Callable[..., Any], *columns: Float[Array, "n T"]) -> Any:
+    """solve(*columns), whose results have one entry per problem along their last axis; in cache-sized blocks on CPU."""
+    return lax.platform_dependent(*columns, cpu=lambda *columns: _in_column_blocks(solve, columns), default=solve)
+
+
+def _in_column_blocks(solve: Callable[..., Any], columns: tuple[Float[Array, "n T"], ...]) -> Any:
+    """As `_in_blocks`, for problems that lie along the last axis already. Padding problems are 0."""
+    n, problems = columns[0].shape
+    parts, each, width = _block_sizes(problems, n)
+    cut = [
+        jnp.pad(a.reshape(n, parts, each), ((0, 0), (0, 0), (0, -each % width))).reshape(n, parts, -1, width)
+        for a in columns
+    ]
+
+    def one(index: Array) -> Any:
+        return solve(*(lax.dynamic_index_in_dim(a, index, axis=2, keepdims=False).reshape(n, -1) for a in cut))
+
+    def join(a: Array) -> Array:
+        lead = a.shape[1:-1]
+        split = jnp.moveaxis(a.reshape(a.shape[0], *lead, parts, width), 0, -2)
+        return split.reshape(*lead, parts, -1)[..., :each].reshape(*lead, problems)
+
+    return jax.tree.map(join, lax.map(one, jnp.arange(cut[0].shape[2])))
+
+
+def _block_sizes(problems: int, n: int) -> tuple[int, int, int]:
+    """Parts, problems in each part, and how many of each part are in one block."""
+    parts = _PARTS if problems % _PARTS == 0 else 1
+    each = problems // parts
+    return parts, each, max(1, min(each, _BLOCK_PROBLEMS // parts, _BLOCK_ENTRIES // (parts * n)))

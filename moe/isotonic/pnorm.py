@@ -79,11 +79,14 @@ def balance(
     start = jnp.minimum(root(target, r), target / jnp.where(slope_at_0 > 0, slope_at_0, 1e-30))
     if r > 3 or not isinstance(r, int):
         start = jnp.minimum(start, root(2 * target + power(spread, r), r) - spread)
-    u = jnp.maximum(start, 0)
-    for _ in range(5 if r in (2, 3) else 12):
+
+    def step(_: Array, u: Array) -> Array:
         excess = 0.5 * (signed_power(u + spread, r) + signed_power(u - spread, r)) + pull * u - target
         slope = 0.5 * r * (power(u + spread, r - 1) + power(jnp.abs(u - spread), r - 1)) + pull
-        u = jnp.maximum(u - excess / jnp.where(slope > 0, slope, 1), 0)
+        return jnp.maximum(u - excess / jnp.where(slope > 0, slope, 1), 0)
+
+    unrolled = r in (2, 3)
+    u = lax.fori_loop(0, 5 if unrolled else 12, step, jnp.maximum(start, 0), unroll=unrolled)
     return jnp.sign(total) * u
 
 

@@ -31,13 +31,14 @@ def as_problem(
     strength: Float[Array, ""],
     p: float,
     magnitude: bool,
-    origin: Float[Array, "*#b 1"],
+    origin: Float[Array, "*#b 1"] | Float[Array, ""],
 ) -> Problem:
     """Bring a batch with entries along its last axis into columns: problems become vector lanes."""
 
     def columns(a: Array) -> Array:
         return jnp.broadcast_to(a, s.shape).reshape(-1, s.shape[-1]).T
 
+    w = jnp.broadcast_to(w, s.shape)
     linear, quadratic = (columns(w * origin), columns(w)) if magnitude else (columns(w), None)
     return Problem(columns(s), linear, quadratic, strength, pnorm.exponent(p))
 

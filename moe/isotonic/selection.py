@@ -1,5 +1,7 @@
 """The k-th largest of many entries without sorting them: the point that top-k values are centred on."""
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,8 +10,8 @@ from jaxtyping import Array, Float, Int
 
 # Below this many minimum/maximum operations per entry, keeping the k largest so far beats counting bit by bit.
 _MAX_INSERTIONS = 24
-# Insertion is unrolled over the entries: beyond this it would only make the program long.
-_MAX_UNROLLED = 512
+# Insertion is unrolled: beyond this it would only make the program long.
+_MAX_UNROLLED = 1024
 
 
 def kth_largest(entries: Float[Array, "a n c"], k: Any, axes: tuple[int, ...]) -> Float[Array, "#a 1 #c"]:
@@ -24,24 +26,36 @@ def kth_largest(entries: Float[Array, "a n c"], k: Any, axes: tuple[int, ...]) -
 def _by_insertion(entries: Float[Array, "a n c"], k: int) -> Float[Array, "a 1 c"]:
     """Keep the k largest so far in order (or the n-k+1 smallest, if those are fewer); linear in n k.
 
-    A NaN survives every minimum and maximum, and so replaces all that is kept.
+    First in groups side by side, then among what the groups have kept: all is unrolled, and so the program stays short.
     """
-    n = entries.shape[1]
+    a, n, c = entries.shape
     from_above = k <= n - k + 1
+    count = k if from_above else n - k + 1
+    rows = min(n, max(8, math.isqrt(n * count)))
+    padding = ((0, 0), (0, -n % rows), (0, 0))
+    padded = jnp.pad(entries, padding, constant_values=-jnp.inf if from_above else jnp.inf)
+    grouped = padded.reshape(a, rows, -1, c)
+    kept = _insert([grouped[:, i] for i in range(rows)], count, from_above)
+    survivors = [group[:, g : g + 1] for group in kept for g in range(grouped.shape[2])]
+    return _insert(survivors, count, from_above)[-1]
+
+
+def _insert(values: Iterable[Array], count: int, from_above: bool) -> list[Array]:
+    """The `count` outermost values, elementwise, in order. A NaN survives every comparison, and replaces them all."""
     outer, inner = (jnp.maximum, jnp.minimum) if from_above else (jnp.minimum, jnp.maximum)
     kept: list[Array] = []
-    for i in range(n):
-        entry, updated = entries[:, i : i + 1], []
+    for value in values:
+        updated = []
         for other in kept:
-            updated.append(outer(other, entry))
-            entry = inner(other, entry)
-        kept = [*updated, entry][: k if from_above else n - k + 1]
-    return kept[-1]
+            updated.append(outer(other, value))
+            value = inner(other, value)
+        kept = [*updated, value][:count]
+    return kept
 
 
 def _by_counting(entries: Float[Array, "a n c"], k: Any, axes: tuple[int, ...]) -> Float[Array, "#a 1 #c"]:
     """Two bits of the result at a time, by counting the entries at or above three candidates: 16 passes for float32."""
-    keys = _ordered_integers(entries)
+    keys = ordered_integers(entries)
     bits = keys.dtype.itemsize * 8
     unit = jnp.ones((), keys.dtype)
     wanted = jnp.asarray(k, jnp.int32)
@@ -57,7 +71,7 @@ def _by_counting(entries: Float[Array, "a n c"], k: Any, axes: tuple[int, ...]) 
 
     shape = tuple(1 if axis in axes else size for axis, size in enumerate(keys.shape))
     found = lax.fori_loop(0, bits // 2, refine, jnp.full(shape, jnp.iinfo(keys.dtype).min, keys.dtype))
-    return _from_ordered_integers(found, entries.dtype)
+    return from_ordered_integers(found, entries.dtype)
 
 
 def add_up(values: Array, axes: tuple[int, ...]) -> Array:
@@ -67,13 +81,13 @@ def add_up(values: Array, axes: tuple[int, ...]) -> Array:
     return values
 
 
-def _ordered_integers(x: Float[Array, "*s"]) -> Int[Array, "*s"]:
+def ordered_integers(x: Float[Array, "*s"]) -> Int[Array, "*s"]:
     """Signed integers in the order of the floats that they are the bits of."""
     dtype = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
     bits = lax.bitcast_convert_type(x, dtype)
     return jnp.where(bits < 0, bits ^ jnp.iinfo(dtype).max, bits)
 
 
-def _from_ordered_integers(keys: Int[Array, "*s"], dtype: jnp.dtype) -> Float[Array, "*s"]:
-    """The inverse of `_ordered_integers`, which undoes itself."""
+def from_ordered_integers(keys: Int[Array, "*s"], dtype: jnp.dtype) -> Float[Array, "*s"]:
+    """The inverse of `ordered_integers`, which undoes itself."""
     return lax.bitcast_convert_type(jnp.where(keys < 0, keys ^ jnp.iinfo(keys.dtype).max, keys), dtype)

@@ -10,7 +10,16 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from moe.isotonic import pnorm
-from moe.isotonic.checks import check_floating, check_p, check_strength, compute_dtype, concrete, require
+from moe.isotonic.checks import (
+    Input,
+    Scalar,
+    check_floating,
+    check_p,
+    check_strength,
+    compute_dtype,
+    concrete,
+    require,
+)
 from moe.isotonic.dykstra import Dykstra
 from moe.isotonic.pav import Pav
 from moe.isotonic.threshold import Threshold
@@ -20,19 +29,20 @@ Solver = Dykstra | Pav | Threshold
 
 
 def solve(
-    s: Float[Array, "*b n"],
-    w: Float[Array, "*b n"] | Float[Array, "n"],
+    s: Input,
+    w: Input,
     *,
-    strength: float | Float[Array, ""],
-    p: float,
+    strength: Scalar,
+    p: float | int,
     magnitude: bool = False,
     solver: Solver | None = None,
 ) -> Solution:
     """argmin over v_1 >= ... >= v_n of sum_i |s_i - v_i|^q / (q strength^(q-1)) + w_i phi(v_i), along the last axis.
 
-    q = p/(p-1); phi(v) = v, or v^2/2 for the magnitude, which needs s >= 0 and w >= 0 (Sander et al. 2023,
-    arXiv 2302.01425, eq. 9). Finite s, usually in descending order; NaN makes its own row NaN. Computed in float32
-    (float64 for float64), returned in s's dtype; derivatives in s, w and strength, of any order where they exist.
+    s: [*b, n]. w: [*b, n] or [n]. q = p/(p-1); phi(v) = v, or v^2/2 for the magnitude, which needs s >= 0 and w >= 0
+    (Sander et al. 2023, arXiv 2302.01425, eq. 9). Finite s, usually in descending order; NaN makes its own row NaN.
+    Computed in float32 (float64 for float64), returned in s's dtype; derivatives in s, w and strength, of any order
+    where they exist.
 
     solver: `Pav` and `Dykstra` serve any s and w. `Threshold` serves s in descending order and w = (1, .., 1, 0, ..,
     0), not all 0. None takes Threshold where s and w are so as far as they are concrete, otherwise Pav.
@@ -83,7 +93,7 @@ def _solve(
 
 @partial(_solve.defjvp, symbolic_zeros=True)
 def _solve_jvp(solver: Solver, p: float, magnitude: bool, primals: tuple, tangents: tuple) -> tuple[Solution, Solution]:
-    """Within a block of equal values v, with d = (s - v)/strength: sum sign(d) |d|^r = sum w phi'(v), differentiated."""
+    """Per block of equal v, with d = (s - v)/strength, sum sign(d) |d|^r = sum w phi'(v), differentiated."""
     s, w, strength = primals
     ds, dw, dstrength = tangents
     solution = _solve(solver, p, magnitude, s, w, strength)

@@ -24,7 +24,7 @@ from moe.isotonic import pnorm
 from moe.isotonic.checks import require
 from moe.isotonic.implementation import Bound, Crossing, check_implementation, choose, refusal
 from moe.isotonic.layout import over_problems
-from moe.isotonic.selection import add_up, kth_largest
+from moe.isotonic.selection import add_up, from_ordered_integers, kth_largest, ordered_integers
 from moe.types import Solution
 
 _MAX_KAPPA = 1e30
@@ -111,6 +111,8 @@ def _crossing(
     solver: Threshold,
 ) -> Crossing:
     """Centre, set up the equation in beta, solve it, and translate back to tau."""
+    if not magnitude and len(axes) > 1:
+        return _crossing_of_long(entries, axes, k, strength, r, solver)
     center = kth_largest(entries, k, axes)
     if magnitude:
         level = pnorm.selected_root(center, strength, r)
@@ -127,6 +129,44 @@ def _crossing(
     # What is exact without iteration stays exact; a NaN among the entries has made the centre one, and is kept.
     beta = jnp.where(hard, 0, beta) + 0 * center
     return Crossing(center, (1 - beta) * width, low + beta * width, jnp.where(hard, 0, step) * width)
+
+
+def _crossing_of_long(
+    entries: Float[Array, "a n c"],
+    axes: tuple[int, ...],
+    k: Any,
+    strength: Float[Array, ""],
+    r: float | int,
+    solver: Threshold,
+) -> Crossing:
+    """The mask's tau where finding x_(k) first would take most of the time.
+
+    The centre is the largest float at which the mask still sums to k or more, found bit by bit: x minus a float that is
+    near has no rounding error to speak of. tau lies between it and the next float.
+    """
+    wanted, scale = jnp.asarray(k, entries.dtype), 1 / strength
+
+    def heights(center: Array) -> Array:
+        return (entries - center) * scale
+
+    def keep_bit(step: Array, found: Array) -> Array:
+        candidate = found + (jnp.ones((), found.dtype) << (bits - 1 - step).astype(found.dtype))
+        z = pnorm.unit_clip(heights(from_ordered_integers(candidate, entries.dtype)))
+        return jnp.where(add_up(pnorm.power(z, r), axes) >= wanted, candidate, found)
+
+    like = ordered_integers(entries[:, :1, :1])
+    lowest = jnp.full_like(like, jnp.iinfo(like.dtype).min)
+    bits = lowest.dtype.itemsize * 8
+    found = lax.fori_loop(0, bits, keep_bit, lowest)
+    center, following = (from_ordered_integers(key, entries.dtype) for key in (found, found + 1))
+    # A NaN among the entries makes every sum NaN, and no bit is kept.
+    equation = _Equation(heights(center), wanted, None, r, axes)
+    beta, step = _polish(equation, jnp.zeros_like(center), (following - center) * scale, solver.newton)
+    above = equation.heights > 0
+    hard = add_up(above.astype(entries.dtype), axes) <= wanted
+    lowest_selected = jnp.min(jnp.where(above, entries - center, jnp.inf), axis=axes, keepdims=True)
+    offset = jnp.where(hard, strength - lowest_selected, -beta * strength)
+    return Crossing(center, offset, center - offset, jnp.where(hard, 0, step) * strength)
 
 
 class _Equation(NamedTuple):

@@ -4,14 +4,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from moe.isotonic.checks import check_axis, check_floating, check_k
+from moe.isotonic.checks import Count, Input, check_axis, check_floating, check_k
 from moe.isotonic.layout import over_problems
 from moe.isotonic.selection import kth_largest
 
 
-def hard_mask(x: Float[Array, "..."], k: int | Int[Array, ""], *, axis: int = -1) -> Float[Array, "..."]:
+def hard_mask(x: Input, k: Count, *, axis: int = -1) -> Float[Array, "..."]:
     """1 at the k largest entries along `axis`, 0 elsewhere, in x's dtype; of equal entries the first are taken.
 
     Linear in n, without a sort. The derivative is 0. NaN makes its own row NaN.
@@ -33,7 +33,7 @@ def hard_mask(x: Float[Array, "..."], k: int | Int[Array, ""], *, axis: int = -1
     return jnp.moveaxis(out, -1, axis).astype(x.dtype)
 
 
-def hard_magnitude(x: Float[Array, "..."], k: int | Int[Array, ""], *, axis: int = -1) -> Float[Array, "..."]:
+def hard_magnitude(x: Input, k: Count, *, axis: int = -1) -> Float[Array, "..."]:
     """x at the k entries that are largest in magnitude along `axis`, 0 elsewhere; the derivative is the mask."""
     selected = hard_mask(jnp.abs(x), k, axis=axis)
     return jnp.where(selected > 0, x, selected * 0)

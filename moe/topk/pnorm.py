@@ -8,19 +8,29 @@ and reverse mode, and of any order where they exist; none passes through a solve
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from moe.isotonic import Solver, Threshold, pnorm
-from moe.isotonic.checks import check_axis, check_floating, check_k, check_p, check_strength, compute_dtype
+from moe.isotonic.checks import (
+    Count,
+    Input,
+    Scalar,
+    check_axis,
+    check_floating,
+    check_k,
+    check_p,
+    check_strength,
+    compute_dtype,
+)
 from moe.topk.crossing import crossing, is_pooled
 
 
 def mask(
-    x: Float[Array, "..."],
-    k: int | Int[Array, ""],
+    x: Input,
+    k: Count,
     *,
-    strength: float | Float[Array, ""] = 1.0,
-    p: float = 4 / 3,
+    strength: Scalar = 1.0,
+    p: float | int = 4 / 3,
     solver: Solver | None = None,
     axis: int = -1,
 ) -> Float[Array, "..."]:
@@ -44,11 +54,11 @@ def mask(
 
 
 def magnitude(
-    x: Float[Array, "..."],
-    k: int | Int[Array, ""],
+    x: Input,
+    k: Count,
     *,
-    strength: float | Float[Array, ""] = 1.0,
-    p: float = 4 / 3,
+    strength: Scalar = 1.0,
+    p: float | int = 4 / 3,
     rescale: bool = True,
     solver: Solver | None = None,
     axis: int = -1,

@@ -9,14 +9,14 @@ from jaxtyping import Array, Float
 
 from moe import isotonic
 from moe.isotonic import pnorm
-from moe.isotonic.checks import check_axis, check_floating, check_p, check_strength, compute_dtype
+from moe.isotonic.checks import Input, Scalar, check_axis, check_floating, check_p, check_strength, compute_dtype
 
 
 def soft_sort(
-    x: Float[Array, "..."],
+    x: Input,
     *,
-    strength: float | Float[Array, ""] = 1.0,
-    p: float = 2.0,
+    strength: Scalar = 1.0,
+    p: float | int = 2.0,
     solver: isotonic.Solver | None = None,
     axis: int = -1,
 ) -> Float[Array, "..."]:
@@ -35,10 +35,10 @@ def soft_sort(
 
 
 def soft_rank(
-    x: Float[Array, "..."],
+    x: Input,
     *,
-    strength: float | Float[Array, ""] = 1.0,
-    p: float = 2.0,
+    strength: Scalar = 1.0,
+    p: float | int = 2.0,
     solver: isotonic.Solver | None = None,
     axis: int = -1,
 ) -> Float[Array, "..."]:
@@ -56,7 +56,7 @@ def soft_rank(
     return jnp.moveaxis(ranks, -1, axis).astype(x.dtype)
 
 
-def _prepare(x: Array, strength: float | Array, p: float, axis: int) -> tuple[float, Array, Array]:
+def _prepare(x: Array, strength: Scalar, p: float | int, axis: int) -> tuple[float, Array, Array]:
     """Check the arguments, and bring the axis last and everything to the computing dtype."""
     p = check_p(p)
     check_floating("x", x)
