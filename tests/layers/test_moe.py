@@ -1,31 +1,43 @@
 """The MoE layer, with every router, against float64 experts run one by one; and its limits, which are known layers."""
 
 import dataclasses
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array
 
 from moe.layers.mlp import Mlp
-from moe.layers.moe import Moe, MoeConfig, MoeOutput
+from moe.layers.moe import Moe
 from moe.ops.permute import capacity
 from moe.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from moe.routers import ROUTERS, Router, Softmax, SparseTopK, SuccessiveHalving
 from moe.routers.base import example_noise
 from moe.types import Assignments, Keys, PyTree, Routed, RouterInputs, Slots
+from tests.layers.helpers import (
+    CONFIG,
+    EXAMPLES,
+    EXPERTS,
+    GROUP,
+    GROUPS,
+    HIDDEN,
+    ONE_DEVICE,
+    TOKENS,
+    WIDTH,
+    Run,
+    Weights,
+    example_keys,
+    make_layer,
+    make_tokens,
+    readout,
+    run,
+)
 from tests.oracles import operators
 from tests.oracles import routing as oracle
 from tests.routers.helpers import COMPILER_OPTIONS
-
-EXAMPLES, LENGTH, WIDTH, HIDDEN, EXPERTS, GROUP = 4, 3, 6, 5, 4, 2
-GROUPS, TOKENS = EXAMPLES // GROUP, GROUP * LENGTH
-CONFIG = MoeConfig(num_experts=EXPERTS, expert_width=HIDDEN, group_size=GROUP, capacity_factor=0.8)
-ONE_DEVICE = make_mesh(MeshConfig(), jax.devices()[:1])
 
 # Settings apart from the defaults, whose routing the float64 routers below can follow.
 KNOWN: dict[str, Router] = {
@@ -37,68 +49,6 @@ KNOWN: dict[str, Router] = {
 ALL = {name: KNOWN.get(name) or router() for name, router in ROUTERS.items()}
 every_router = pytest.mark.parametrize("name", ALL)
 known_router = pytest.mark.parametrize("name", KNOWN)
-
-
-def make_layer(router: Router, config: MoeConfig = CONFIG, seed: int = 0, activation: Any = "swiglu") -> Moe:
-    """A layer whose gate prefers the first experts, so that queues overflow."""
-    layer = Moe(WIDTH, config, router, activation, key=jax.random.key(seed))
-    rng = np.random.default_rng(seed)
-    gate = rng.normal(size=(WIDTH, config.num_experts))
-    gate[0] += np.linspace(2, -1, config.num_experts)
-    layer.w_gate[...] = jnp.asarray(gate, jnp.float32)
-    return layer
-
-
-def make_tokens(seed: int = 1) -> Float[np.ndarray, "B L D"]:
-    x = np.random.default_rng(seed).normal(size=(EXAMPLES, LENGTH, WIDTH)).astype(np.float32)
-    x[..., 0] = 1 + np.abs(x[..., 0])
-    return x
-
-
-def example_keys() -> Key[Array, "B"]:
-    return jax.random.split(jax.random.key(7), EXAMPLES)
-
-
-class Run(NamedTuple):
-    """A layer's output, and the gradient of its losses + Σ readout × y in its parameters and its input."""
-
-    output: MoeOutput
-    gradient: dict[str, Any]
-
-
-def readout(x: np.ndarray) -> np.ndarray:
-    return np.random.default_rng(3).normal(size=x.shape).astype(np.float32)
-
-
-@functools.partial(jax.jit, static_argnums=0, compiler_options=COMPILER_OPTIONS)
-def _run(graph: Any, state: PyTree, x: Array, keys: Any, mask: Any, readout_BLD: Array) -> Run:
-    def total(state: PyTree, x: Array) -> tuple[Array, MoeOutput]:
-        output = nnx.merge(graph, state)(x, keys, ONE_DEVICE, mask)
-        return sum(output.losses.values(), jnp.sum(output.y * readout_BLD)), output
-
-    (gradient, x_gradient), output = jax.grad(total, argnums=(0, 1), has_aux=True)(state, x)
-    return Run(output, {**nnx.to_pure_dict(gradient), "x": x_gradient})
-
-
-def run(layer: Moe, x: np.ndarray, keys: Keys | None = None, mask: np.ndarray | None = None) -> Run:
-    graph, state = nnx.split(layer)
-    mask = np.ones(EXAMPLES, bool) if mask is None else mask
-    return _run(graph, state, x, keys, mask, readout(x))
-
-
-class Weights(NamedTuple):
-    """What the oracle layer needs, in float64."""
-
-    x_GTD: np.ndarray
-    gate_DE: np.ndarray
-    experts: oracle.Experts
-
-    @classmethod
-    def of(cls, layer: Moe, x: np.ndarray) -> "Weights":
-        matrices = {name: np.asarray(weight[...], np.float64) for name, weight in layer.experts.items()}
-        experts = oracle.Experts(matrices["w_in"], matrices["w_out"], w_gate_EDF=matrices["w_gate"])
-        gate_DE = np.asarray(layer.w_gate[...], np.float64)
-        return cls(np.asarray(x, np.float64).reshape(GROUPS, TOKENS, WIDTH), gate_DE, experts)
 
 
 def route_known(router: Any, logits_TE: np.ndarray, noise_TE: np.ndarray | None) -> tuple[oracle.Rows, float]:
