@@ -66,9 +66,8 @@ def z(logits_TE: Float[Array, "T E"], mask_T: Bool[Array, "T"]) -> Float[Array, 
 
 def entropy(logits_TE: Float[Array, "T E"], mask_T: Bool[Array, "T"]) -> Float[Array, ""]:
     """Mean over tokens of the entropy of softmax(logits), in nats: log E when uniform, 0 when collapsed."""
-    # logsumexp - Σ p·logit stays finite, with its gradient, where a probability underflows.
-    expected_T = jnp.sum(jax.nn.softmax(logits_TE) * logits_TE, axis=-1)
-    return token_mean(jax.nn.logsumexp(logits_TE, axis=-1) - expected_T, mask_T)
+    # log_softmax stays finite, with its gradient, where a probability underflows to 0.
+    return token_mean(jnp.sum(-jax.nn.softmax(logits_TE) * jax.nn.log_softmax(logits_TE), axis=-1), mask_T)
 
 
 def weighted(router: object, unweighted: Losses) -> Losses:
