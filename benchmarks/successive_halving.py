@@ -45,10 +45,10 @@ def published() -> dict[tuple[int, int, str], dict[str, float]]:
         }
 
 
-def pairs(lengths: Iterable[int]) -> list[tuple[int, int]]:
-    """The published (n, k) of these lengths, all lengths if none is given."""
-    chosen = set(lengths)
-    return sorted({(n, k) for n, k, _ in published() if not chosen or n in chosen})
+def pairs(lengths: Iterable[int], sizes: Iterable[int]) -> list[tuple[int, int]]:
+    """The published (n, k) with n among these lengths and k among these sizes; none given means all."""
+    lengths, sizes = set(lengths), set(sizes)
+    return sorted({(n, k) for n, k, _ in published() if (not lengths or n in lengths) and (not sizes or k in sizes)})
 
 
 def sample(key: jax.Array, n: int, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -248,13 +248,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["quality", "time", "plot"])
     parser.add_argument("--n", type=int, nargs="*", default=[], help="lengths (default: all that were published)")
+    parser.add_argument("--k", type=int, nargs="*", default=[], help="numbers of rows (default: all)")
     parser.add_argument("--samples", type=int, default=256, help="least samples per pair (quality)")
     parser.add_argument("--repeats", type=int, default=7, help="timed calls per operator (time)")
     options = parser.parse_args()
     if options.what == "plot":
         plot()
         return
-    for n, k in pairs(options.n):
+    for n, k in pairs(options.n, options.k):
         if options.what == "quality":
             rows = quality(n, k, options.samples)
         else:
