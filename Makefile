@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 CPU := JAX_PLATFORMS=cpu
 STAMP := $(VENV)/.installed
 
-.PHONY: setup train test lint types test-unit test-nightly test-parity test-browser clean
+.PHONY: setup train test lint types test-unit test-nightly test-parity test-browser test-tpu-aot clean
 
 setup: $(STAMP)
 
@@ -30,7 +30,7 @@ types: setup
 	$(VENV)/bin/mypy
 
 test-unit: setup
-	$(CPU) $(PY) -m pytest -n 2 --dist worksteal -m 'not nightly and not parity and not browser'
+	$(CPU) $(PY) -m pytest -n 2 --dist worksteal -m 'not nightly and not parity and not browser and not tpu_aot'
 
 test-nightly: setup
 	$(CPU) $(PY) -m pytest -n 2 --dist worksteal -m nightly
@@ -40,6 +40,12 @@ test-parity: setup
 	@if $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[parity]'; then \
 	  $(CPU) $(PY) -m pytest -m parity; \
 	else echo "test-parity: the extra 'parity' can't be installed here, so the comparisons with other libraries did not run"; fi
+
+# Compiles the kernels for TPUs that aren't here.
+test-tpu-aot: setup
+	@if $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[tpu-aot]'; then \
+	  $(CPU) $(PY) -m pytest -m tpu_aot; \
+	else echo "test-tpu-aot: libtpu can't be installed here, so nothing was compiled for TPUs"; fi
 
 # What needs a browser.
 test-browser: setup
