@@ -60,8 +60,10 @@ def refusal(
         return "the TPU kernels serve the mask, not the magnitude"
     if x.shape[-1] > LARGEST_N:
         return f"the TPU kernels serve n <= {LARGEST_N}, not {x.shape[-1]}"
-    if x.dtype == jnp.float64:
-        return "the TPU kernels compute in float32, not float64"
+    if x.dtype != jnp.float32:
+        return f"the TPU kernels take float32, not {x.dtype}"
+    if x.size == 0:
+        return "the TPU kernels want at least one problem"
     if not isinstance(k, numbers.Integral):
         return "the TPU kernels need k as a Python integer, not as an array"
     if pnorm.exponent(p) not in exponents:
@@ -97,6 +99,8 @@ _either.multiple_results = True
 @_either.def_impl
 @functools.partial(jax.jit, static_argnames=("kernel", "reference"))
 def _run(x: Array, strength: Array, *, kernel: Bound, reference: Bound) -> Sequence[Array]:
+    if jax.config.jax_disable_jit:  # without a lowering there is nothing to choose by
+        return reference(x, strength)
     return _either.bind(x, strength, kernel=kernel, reference=reference)
 
 

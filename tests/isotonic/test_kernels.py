@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from moe import isotonic, topk
+from moe.isotonic import implementation
 from moe.isotonic.kernels import dykstra, networks, threshold
 from moe.isotonic.kernels.tiles import Tiling
 from tests.oracles import operators
@@ -198,6 +199,16 @@ def test_off_tpu_none_is_xla(solver: type) -> None:
     assert_same(jax.tree.map(lambda a: a[0], each), expected)
 
 
+def test_none_runs_without_jit() -> None:
+    def answer(x, strength, name):
+        return implementation.Crossing(*[jnp.full(x.shape[:-1], strength) + len(name)] * 4)
+
+    kernel, reference = (implementation.Bound(answer, (("name", name),)) for name in ("kernel", "reference"))
+    with jax.disable_jit():
+        found = implementation.choose(None, kernel, reference, None, jnp.zeros((2, 3)), jnp.float32(0.5))
+    np.testing.assert_array_equal(found.value, [9.5, 9.5])
+
+
 def assert_same(found, expected) -> None:
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), found, expected)
 
@@ -218,6 +229,10 @@ def test_a_kernel_asked_for_by_name_runs_or_raises() -> None:
         solver.topk(x, 2, **problem)
     with pytest.raises(NotImplementedError, match=r"p in \(2.0, 1.5, 1.33.*\), not 1.7"):
         solver.topk(x[:, :8], 2, strength=problem["strength"], p=1.7)
+    with pytest.raises(NotImplementedError, match="float32, not bfloat16"):
+        solver.topk(x[:, :8].astype(jnp.bfloat16), 2, **problem)
+    with pytest.raises(NotImplementedError, match="at least one problem"):
+        solver.topk(x[:0, :8], 2, **problem)
     with pytest.raises(NotImplementedError, match="not the magnitude"):
         solver.topk(x[:, :8], 2, **problem, magnitude=True)
     with pytest.raises(NotImplementedError, match="k as a Python integer"):

@@ -27,6 +27,7 @@ from moe.isotonic.kernels import networks
 from moe.isotonic.kernels.tiles import Tiling
 
 _STEPS = 8
+# Ends the loop whatever happens: bisections alone need 24 to exhaust float32.
 _MOST_REPAIRS = 40
 # More entries than this are summed by a loop: unrolled, the compiler holds all their terms at once, and spills.
 _UNROLLED = 32
