@@ -26,11 +26,16 @@ class Row(TypedDict):
 
 
 def interleaved(
-    functions: Mapping[str, Callable[..., Any]], *arguments: Any, repeats: int = 15, seconds: float = 20.0
+    functions: Mapping[str, Callable[..., Any]],
+    *arguments: Any,
+    repeats: int = 15,
+    seconds: float = 20.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Median milliseconds per call of each function: all run in turn, so that a busy machine slows all alike.
 
     Every function is called once before, to compile. Stops after `repeats` rounds, or after `seconds` and three rounds.
+    clock: time.process_time counts the processor time of all threads, which other work on the machine leaves alone.
     """
     for function in functions.values():
         jax.block_until_ready(function(*arguments))
@@ -40,9 +45,9 @@ def interleaved(
         if round_index >= 3 and time.perf_counter() - begin > seconds:
             break
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = clock()
             jax.block_until_ready(function(*arguments))
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (clock() - start))
     return {name: statistics.median(each) for name, each in times.items()}
 
 
@@ -84,6 +89,11 @@ def circumstances() -> dict[str, str]:
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Options that every benchmark has."""
     options = argparse.ArgumentParser(description=description)
+    options.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count processor time, all threads together, for a machine that is shared",
+    )
     options.add_argument("--json", type=Path, help="write the rows to this file")
     options.add_argument("--markdown", type=Path, help="write the table to this file, with its circumstances")
     return options

@@ -1,6 +1,7 @@
 """How fast and how exact `moe.topk.mask` is, beside the plain softmax + top_k, and its solvers beside each other.
 
-python -m benchmarks.topk [--json FILE] [--markdown FILE] [--only routers|solvers|errors|pruning] [--quick]
+python -m benchmarks.topk [--json FILE] [--markdown FILE] [--cpu-time]
+                        [--only routers|solvers|errors|pruning] [--quick]
 
 routers   forward, and forward with gradient, at router sizes; ratio to softmax + lax.top_k in the same run
 solvers   PAV, Dykstra and Threshold by n, and Dykstra's time for one sweep
@@ -24,6 +25,7 @@ from moe import isotonic, topk
 STRENGTH = 0.3
 ROUTER_SHAPES = [(16384, 8), (16384, 32), (16384, 128), (4096, 512)]
 BASELINE = "softmax + top_k"
+Clock = Callable[[], float]
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -41,7 +43,7 @@ def with_gradient(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.A
     return jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.square(function(x)))))
 
 
-def routers(quick: bool) -> list[Row]:
+def routers(quick: bool, clock: Clock) -> list[Row]:
     """`mask` with its default solver against softmax + top_k."""
     rows = []
     for tokens, n in ROUTER_SHAPES[: 2 if quick else None]:
@@ -51,12 +53,12 @@ def routers(quick: bool) -> list[Row]:
             for p, label in ((2.0, "2"), (4 / 3, "4/3")):
                 functions[f"mask p={label}"] = functools.partial(topk.mask, k=k, p=p, strength=STRENGTH)
             for direction, wrap in (("forward", jax.jit), ("forward + backward", with_gradient)):
-                times = common.interleaved({name: wrap(f) for name, f in functions.items()}, x)
+                times = common.interleaved({name: wrap(f) for name, f in functions.items()}, x, clock=clock)
                 rows += common.timed_rows(f"{tokens}x{n} k={k} {direction}", times, BASELINE)
     return rows
 
 
-def solvers(quick: bool) -> list[Row]:
+def solvers(quick: bool, clock: Clock) -> list[Row]:
     """The mask by each solver; PAV only where it ends in reasonable time. Ratio to Threshold."""
     rows: list[Row] = []
     for tokens, n in ((4096, 8), (4096, 32), (4096, 128)):
@@ -69,7 +71,7 @@ def solvers(quick: bool) -> list[Row]:
                 name: jax.jit(functools.partial(topk.mask, k=2, p=p, strength=STRENGTH, solver=solver))
                 for name, solver in candidates.items()
             }
-            times = common.interleaved(functions, x, repeats=5)
+            times = common.interleaved(functions, x, repeats=5, clock=clock)
             rows += common.timed_rows(f"{tokens}x{n} k=2 p={label}", times, "Threshold")
     x = -jnp.sort(-normal(16384, 32), axis=-1)
     w = (jnp.arange(32) < 2).astype(jnp.float32)
@@ -78,13 +80,14 @@ def solvers(quick: bool) -> list[Row]:
         solver = isotonic.Dykstra(steps, 0.0)
         return jax.jit(lambda s: isotonic.solve(s, w, strength=STRENGTH, p=2.0, solver=solver).value)
 
-    times = common.interleaved({"few": sweeps(10), "many": sweeps(60)}, x)
+    times = common.interleaved({"few": sweeps(10), "many": sweeps(60)}, x, clock=clock)
     each = (times["many"] - times["few"]) / 50
     return [*rows, Row(name="Dykstra, one sweep", case="16384x32 p=2", value=each, unit="ms", ratio=None)]
 
 
-def errors(quick: bool) -> list[Row]:
-    """Largest error of the mask against bisection in float64 to the last bit."""
+def errors(quick: bool, clock: Clock) -> list[Row]:
+    """Largest error of the mask against bisection in float64 to the last bit. No clock is read."""
+    del clock
     rows: list[Row] = []
     for n, k in ((8, 2), (32, 2), (32, 8), (128, 8)):
         x = np.asarray(normal(1024 if quick else 4096, n, seed=n))
@@ -115,23 +118,22 @@ def exact_mask(x: np.ndarray, k: int, strength: float, r: int) -> np.ndarray:
     return np.clip(heights - np.where(hard, 0, low), 0, 1) ** r
 
 
-def pruning(quick: bool) -> list[Row]:
+def pruning(quick: bool, clock: Clock) -> list[Row]:
     """One long vector; the ratio is to softmax + top_k."""
     n, k = 10**6, 10**5
     x = normal(n)
     mask = functools.partial(topk.mask, k=k, p=2.0)
     rows: list[Row] = []
     for direction, wrap in (("forward", jax.jit), ("forward + backward", with_gradient)):
-        times = common.interleaved(
-            {BASELINE: wrap(functools.partial(plain, k=k)), "mask p=2": wrap(mask)}, x, repeats=7
-        )
-        times |= entmax_times(np.array(x), k, gradient=direction != "forward")
+        functions = {BASELINE: wrap(functools.partial(plain, k=k)), "mask p=2": wrap(mask)}
+        times = common.interleaved(functions, x, repeats=7, clock=clock)
+        times |= entmax_times(np.array(x), k, direction != "forward", clock)
         rows += common.timed_rows(f"n=10^6 k=10^5 {direction}", times, BASELINE)
     miss = abs(float(np.sum(np.asarray(mask(x), np.float64))) - k) / k
     return [*rows, Row(name="|sum - k| / k", case="n=10^6 k=10^5", value=miss, unit="", ratio=None)]
 
 
-def entmax_times(x: np.ndarray, k: int, gradient: bool) -> dict[str, float]:
+def entmax_times(x: np.ndarray, k: int, gradient: bool, clock: Clock) -> dict[str, float]:
     """entmax.budget_bisect at 24 steps, which is the same mask (p = 2, strength 1); {} where it isn't installed."""
     try:
         import torch
@@ -141,11 +143,11 @@ def entmax_times(x: np.ndarray, k: int, gradient: bool) -> dict[str, float]:
     leaf = torch.from_numpy(x).requires_grad_(gradient)
     samples = []
     for _ in range(8):
-        start = time.perf_counter()
+        start = clock()
         y = budget_bisect(leaf, budget=k, n_iter=24)
         if gradient:
             y.square().sum().backward()
-        samples.append(1e3 * (time.perf_counter() - start))
+        samples.append(1e3 * (clock() - start))
     return {"entmax.budget_bisect, 24 steps": float(np.median(samples[1:]))}
 
 
@@ -158,7 +160,8 @@ def main() -> None:
     options.add_argument("--only", choices=SECTIONS, action="append", help="sections to run; all by default")
     options.add_argument("--quick", action="store_true", help="fewer shapes")
     arguments = options.parse_args()
-    rows = [row for name in arguments.only or SECTIONS for row in SECTIONS[name](arguments.quick)]
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    rows = [row for name in arguments.only or SECTIONS for row in SECTIONS[name](arguments.quick, clock)]
     common.report(rows, arguments)
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moe.isotonic import pnorm, ranked
 from moe.isotonic.checks import require
 from moe.isotonic.implementation import Bound, Crossing, check_implementation, choose, refusal
-from moe.isotonic.layout import over_columns
+from moe.isotonic.layout import over_columns, vary_like
 from moe.isotonic.problem import Problem, as_problem, from_columns
 from moe.types import Solution
 
@@ -101,13 +101,14 @@ def _solve(problem: Problem, steps: int, tol: float) -> tuple[Array, Array, Arra
     """Sweep until every problem is done; one that is done keeps its state, whatever its neighbours still do."""
     n, problems = problem.s.shape
     dtype = problem.s.dtype
-    state = _State(
+    start = (
         jnp.zeros((n // 2, problems), dtype),
         jnp.zeros(((n - 1) // 2, problems), dtype),
-        problem.s,
+        jnp.zeros((n, problems), dtype),
         jnp.full(problems, jnp.inf, dtype),
         jnp.zeros(problems, jnp.int32),
     )
+    state = _State(*vary_like(start, problem.s))
 
     def sweep(state: _State) -> _State:
         first, halfway = _project(problem, 0, state.second)

@@ -52,6 +52,17 @@ def over_problems(solve: Solve, x: Float[Array, "*b n"], k: Any, strength: Float
     return jax.tree.map(lambda a: a.reshape(batch), result)
 
 
+def vary_like(values: Any, like: Array) -> Any:
+    """Mark constants that start a loop as differing between the devices that `like` differs between (in shard_map)."""
+    varying = jax.typeof(like).manual_axis_type.varying
+
+    def mark(value: Array) -> Array:
+        missing = tuple(varying - jax.typeof(value).manual_axis_type.varying)
+        return lax.pcast(value, missing, to="varying") if missing else value
+
+    return jax.tree.map(mark, values)
+
+
 def _at_once(solve: Solve, rows: Float[Array, "T n"], k: Any, strength: Float[Array, ""]) -> Any:
     """All problems in one array, entries along the minor axis as they lie."""
     return jax.tree.map(lambda a: a.reshape(-1), solve(rows[..., None], (1,), k, strength))

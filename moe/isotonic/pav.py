@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from moe.isotonic import pnorm
+from moe.isotonic.layout import vary_like
 from moe.isotonic.problem import Problem, as_problem, from_columns
 from moe.types import Solution
 
@@ -63,7 +64,7 @@ def _pool(problem: Problem) -> Float[Array, "n T"]:
     """Run the stack to its end and write every block's value to its entries."""
     n, problems = problem.s.shape
     lanes = jnp.arange(problems)
-    singles = _singles(problem)
+    singles = vary_like(_singles(problem), problem.s)
 
     def step(_: Array, carry: tuple) -> tuple:
         stack, depth, top, following = carry
@@ -78,7 +79,7 @@ def _pool(problem: Problem) -> Float[Array, "n T"]:
         top = _Block(*(jnp.where(merge, a, jnp.where(push, b, c)) for a, b, c in zip(merged, entry, top, strict=True)))
         return stack, depth + push - merge, top, following + push
 
-    zero = jnp.zeros(problems, jnp.int32)
+    zero = vary_like(jnp.zeros(problems, jnp.int32), problem.s)
     first = _Block(*(a[0] for a in singles))
     stack, depth, top, _ = lax.fori_loop(0, 2 * n - 1, step, (singles, zero, first, zero + 1))
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from moe.isotonic.layout import vary_like
+
 # Below this many minimum/maximum operations per entry, keeping the k largest so far beats counting bit by bit.
 _MAX_INSERTIONS = 24
 # Insertion is unrolled: beyond this it would only make the program long.
@@ -35,7 +37,11 @@ def _by_insertion(entries: Float[Array, "a n c"], k: int) -> Float[Array, "a 1 c
     padding = ((0, 0), (0, -n % rows), (0, 0))
     padded = jnp.pad(entries, padding, constant_values=-jnp.inf if from_above else jnp.inf)
     grouped = padded.reshape(a, rows, -1, c)
-    kept = _insert([grouped[:, i] for i in range(rows)], count, from_above)
+    # Without the barriers, every use of a value would compute all that leads to it once more.
+    grouped = lax.optimization_barrier(grouped)
+    kept = lax.optimization_barrier(_insert([grouped[:, i] for i in range(rows)], count, from_above))
+    if grouped.shape[2] == 1:
+        return kept[-1]
     survivors = [group[:, g : g + 1] for group in kept for g in range(grouped.shape[2])]
     return _insert(survivors, count, from_above)[-1]
 
@@ -70,7 +76,8 @@ def _by_counting(entries: Float[Array, "a n c"], k: Any, axes: tuple[int, ...]) 
         return found + (digit << shift)
 
     shape = tuple(1 if axis in axes else size for axis, size in enumerate(keys.shape))
-    found = lax.fori_loop(0, bits // 2, refine, jnp.full(shape, jnp.iinfo(keys.dtype).min, keys.dtype))
+    lowest = vary_like(jnp.full(shape, jnp.iinfo(keys.dtype).min, keys.dtype), entries)
+    found = lax.fori_loop(0, bits // 2, refine, lowest)
     return from_ordered_integers(found, entries.dtype)
 
 

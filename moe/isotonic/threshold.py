@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from moe.isotonic import pnorm
 from moe.isotonic.checks import require
 from moe.isotonic.implementation import Bound, Crossing, check_implementation, choose, refusal
-from moe.isotonic.layout import over_problems
+from moe.isotonic.layout import over_problems, vary_like
 from moe.isotonic.selection import add_up, from_ordered_integers, kth_largest, ordered_integers
 from moe.types import Solution
 
@@ -43,7 +43,7 @@ class Threshold:
     n <= 256; elsewhere NotImplementedError), which takes its own steps; None picks the kernel where it can run.
     """
 
-    steps: int = 13
+    steps: int = 12
     newton: int = 3
     implementation: str | None = None
 
@@ -155,13 +155,15 @@ def _crossing_of_long(
         return jnp.where(add_up(pnorm.power(z, r), axes) >= wanted, candidate, found)
 
     like = ordered_integers(entries[:, :1, :1])
-    lowest = jnp.full_like(like, jnp.iinfo(like.dtype).min)
+    lowest = vary_like(jnp.full_like(like, jnp.iinfo(like.dtype).min), entries)
     bits = lowest.dtype.itemsize * 8
     found = lax.fori_loop(0, bits, keep_bit, lowest)
     center, following = (from_ordered_integers(key, entries.dtype) for key in (found, found + 1))
     # A NaN among the entries makes every sum NaN, and no bit is kept.
     equation = _Equation(heights(center), wanted, None, r, axes)
-    beta, step = _polish(equation, jnp.zeros_like(center), (following - center) * scale, solver.newton)
+    # The last bits are within the rounding of a long sum; Newton's method, which counts ones apart, may differ.
+    reach = 4 * (following - center) * scale
+    beta, step = _polish(equation, -reach, reach, solver.newton)
     above = equation.heights > 0
     hard = add_up(above.astype(entries.dtype), axes) <= wanted
     lowest_selected = jnp.min(jnp.where(above, entries - center, jnp.inf), axis=axes, keepdims=True)
@@ -207,7 +209,7 @@ def _bisect(equation: _Equation, steps: int) -> tuple[Array, Array]:
         return jnp.where(above, middle, near), jnp.where(above, far, middle)
 
     shape = tuple(1 if axis in equation.axes else size for axis, size in enumerate(equation.heights.shape))
-    zero = jnp.zeros(shape, equation.heights.dtype)
+    zero = vary_like(jnp.zeros(shape, equation.heights.dtype), equation.heights)
     near, far = lax.fori_loop(0, steps, halve, (zero, zero + 1))
     return equation.at(near), equation.at(far)
 
@@ -219,14 +221,24 @@ def _polish(equation: _Equation, near: Array, far: Array, steps: int) -> tuple[A
     def step(_: Array, state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         near, far, beta, _ = state
         z = equation.z(beta)
-        slopes = jnp.where((z > 0) & (z < 1), r * pnorm.power(jnp.where(z > 0, z, 1), r - 1), 0)
-        slope = add_up(slopes, axes)
+        # Of the clipped entries those at 0 have no slope of their own but for p = 2.
+        slopes = jnp.where((z > 0) & (z < 1), 1.0, 0.0) if r == 1 else jnp.where(z < 1, pnorm.power(z, r - 1), 0)
+        slope = r * add_up(slopes, axes)
         if kappa is not None:
-            slope = slope * equation.factor(beta) + add_up(slopes * z, axes) * kappa / (r * (1 + kappa * beta))
-        excess = add_up(pnorm.power(z, r), axes) - equation.k
+            slope = slope * equation.factor(beta) + add_up(slopes * z, axes) * kappa / (1 + kappa * beta)
+        excess = _excess(equation, z)
         near, far = jnp.where(excess >= 0, beta, near), jnp.where(excess < 0, beta, far)
         following = jnp.clip(beta + excess / jnp.where(slope > 0, slope, jnp.inf), near, far)
         return near, far, following, jnp.abs(following - beta)
 
     _, _, beta, length = lax.fori_loop(0, steps, step, (near, far, 0.5 * (near + far), far - near))
     return beta, length
+
+
+def _excess(equation: _Equation, z: Float[Array, "a n c"]) -> Float[Array, "#a 1 #c"]:
+    """The mask's sum minus k; in a long sum ones are counted, so that they don't round off what others add."""
+    masks = pnorm.power(z, equation.r)
+    if len(equation.axes) == 1:
+        return add_up(masks, equation.axes) - equation.k
+    ones = add_up((z >= 1).astype(z.dtype), equation.axes)
+    return (ones - equation.k) + add_up(jnp.where(z >= 1, 0, masks), equation.axes)
