@@ -191,7 +191,7 @@ def plot() -> None:
     from matplotlib import pyplot as plt
 
     paper = published()
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True)
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharex=True, sharey=True)
     measured = read(RESULTS / "successive_halving_quality.csv")
     panels = ["published, base 20", "this operator, base 20", "this operator, CentredBoost"]
     sources = [
@@ -205,7 +205,7 @@ def plot() -> None:
     axes[-1].legend(title="k", fontsize=7, ncols=2)
     save(figure, "nccs")
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True)
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharex=True, sharey=True)
     measured = read(RESULTS / "successive_halving_time.csv")
     panels = ["successive halving, published", "successive halving, here", "iterative softmax, here"]
     sources = [
@@ -231,7 +231,7 @@ def draw(axis: Any, values: dict[tuple[int, int], float], title: str) -> None:
     """One panel: a line for each k."""
     for k in sorted({k for _, k in values}):
         line = sorted((n, value) for (n, other), value in values.items() if other == k)
-        axis.plot(*zip(*line, strict=True), marker=".", linewidth=1, label=f"{k:g}")
+        axis.plot(*zip(*line, strict=True), marker=".", linewidth=1, color=f"C{round(np.log2(k)) - 1}", label=f"{k:g}")
     axis.set_xscale("log", base=2)
     axis.set_xlabel("n")
     axis.set_title(title)
