@@ -26,7 +26,7 @@ def crossing(
     strength: Float[Array, ""],
     traced_k: Any,
 ) -> tuple[Float[Array, "*b n"], Float[Array, "*b 1"]]:
-    """x - tau and tau, for finite x (>= 0 for the magnitude). k is static_k, or where that is None, traced_k."""
+    """x - tau and tau, for any x (>= 0 for the magnitude). k is static_k, or where that is None, traced_k."""
     return _find(solver, p, magnitude, static_k, x, strength, traced_k)
 
 
@@ -36,6 +36,9 @@ def _find(
 ) -> tuple[Array, Array]:
     """Ask the solver: on unsorted values if it can, otherwise for the solution at rank k of the sorted ones."""
     k = traced_k if static_k is None else static_k
+    # Infinities act as the largest numbers. In here, the clipping is not differentiated, which would take memory.
+    largest = jnp.finfo(x.dtype).max
+    x = jnp.clip(x, -largest, largest)
     if hasattr(solver, "topk"):
         found = solver.topk(x, k, strength=strength, p=p, magnitude=magnitude)
     else:

@@ -85,16 +85,14 @@ def magnitude(
 
 
 def _prepare(x: Array, k: Any, strength: Any, p: Any, axis: int) -> tuple[Array, Any, Array, float]:
-    """Check the arguments; bring the axis last, infinities to finite numbers, and everything to the computing dtype."""
+    """Check the arguments; bring the axis last, and everything to the computing dtype."""
     p = check_p(p)
     check_floating("x", x)
     check_axis(axis, x.ndim)
     check_strength(strength)
     k = check_k(k, x.shape[axis])
     dtype = compute_dtype(x)
-    largest = jnp.finfo(x.dtype).max.astype(dtype)
-    entries = jnp.clip(jnp.moveaxis(x, axis, -1).astype(dtype), -largest, largest)
-    return entries, k, jnp.asarray(strength, dtype), p
+    return jnp.moveaxis(x, axis, -1).astype(dtype), k, jnp.asarray(strength, dtype), p
 
 
 def _crossing(
