@@ -71,9 +71,9 @@ class Dykstra:
         # A mask has no quadratic part, which is no array.
         columns = [a for a in problem[:3] if a is not None]
 
-        def sweep(*columns: Array) -> tuple[Array, Array, Array]:
-            s, linear, quadratic = columns if magnitude else (*columns, None)
-            return _solve(Problem(s, linear, quadratic, problem.strength, problem.r), self.steps, self.tol)
+        def sweep(s: Array, linear: Array, *quadratic: Array) -> tuple[Array, Array, Array]:
+            columns = Problem(s, linear, quadratic[0] if quadratic else None, problem.strength, problem.r)
+            return _solve(columns, self.steps, self.tol)
 
         value, steps, residual = over_columns(sweep, *columns)
         batch = s.shape[:-1]

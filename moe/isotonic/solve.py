@@ -113,8 +113,8 @@ def _solve_jvp(solver: Solver, p: float, magnitude: bool, primals: tuple, tangen
     if not isinstance(dw, SymbolicZero):
         change -= (strength / r) * (dw * v if magnitude else dw)
     dv = _block_sum(change, block) / _block_sum(total, block)
-    tangent = Solution(dv, np.zeros(solution.steps.shape, jax.dtypes.float0), jnp.zeros_like(solution.residual))
-    return solution, tangent
+    no_steps: Any = np.zeros(solution.steps.shape, jax.dtypes.float0)
+    return solution, Solution(dv, no_steps, jnp.zeros_like(solution.residual))
 
 
 def _blocks(s: Float[Array, "*b n"], solution: Solution) -> Array:

@@ -77,7 +77,8 @@ def magnitude(
     pooled, alone = is_pooled(u, tau, strength, r, True)
     above = jnp.where(pooled, u, 0)
     y = pnorm.power(above / strength, r)
-    full = s if rescale else pnorm.power(pnorm.selected_root(jnp.where(alone, s, 0), strength, r), r)
+    finite = jnp.where(alone & (s < jnp.inf), s, 0)
+    full = s if rescale else jnp.where(s < jnp.inf, pnorm.power(pnorm.selected_root(finite, strength, r), r), s)
     size = jnp.where(alone, full, y + above if rescale else y)
     # A NaN compares as neither pooled nor alone.
     out = jnp.sign(entries) * jnp.where(jnp.isnan(u), u, size)
