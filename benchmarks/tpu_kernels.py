@@ -1,6 +1,7 @@
 """What do the TPU kernels of the top-k solvers cost, in cycles per token, against XLA and against memory?
 
-    python -m benchmarks.tpu_kernels [--chips v5e v5p v6e] [--n 8 32 128] [--json FILE] [--markdown FILE]
+    python -m benchmarks.tpu_kernels [--chips v5e v5p v6e] [--n 8 32 128] [--only NAME ...] [--json FILE]
+        [--markdown FILE]
 
 Needs no TPU: libtpu (extra `tpu-aot`) compiles every program for each chip and writes its final VLIW schedule. Cycles
 are bundles times the trip counts of the loops they stand in, XLA's loops around kernels included. That leaves out
@@ -33,7 +34,9 @@ DELAY_SLOTS = 4
 
 
 class Chip(NamedTuple):
-    """A TensorCore: a topology that has it, its clock, and its share of the chip's bandwidth, as published.
+    """A device: a topology that has it, its clock, and its memory's bandwidth, as published.
+
+    A v5p's two TensorCores share every program, so that each runs half of the trips.
 
     The clock follows from the peak: 197, 459 and 918 TFLOP/s in bfloat16 on 4 matrix units of 128 x 128, 2 x 4 of
     128 x 128 and 4 of 256 x 256.
@@ -46,16 +49,9 @@ class Chip(NamedTuple):
 
 CHIPS = {
     "v5e": Chip("v5e:2x2", 1.50e9, 819e9),
-    "v5p": Chip("v5p:2x2x1", 1.75e9, 2765e9 / 2),
+    "v5p": Chip("v5p:2x2x1", 1.75e9, 2765e9),
     "v6e": Chip("v6e:2x2", 1.75e9, 1640e9),
 }
-
-
-class Cost(NamedTuple):
-    """Of one compiled program: cycles per token by schedule, and bytes per token in and out."""
-
-    cycles: float
-    bytes: float
 
 
 # What is compared -----------------------------------------------------------------------------------------------------
@@ -162,8 +158,8 @@ def program_cycles(hlo: str, schedules: list[Path]) -> int:
 # One chip, in a process of its own ------------------------------------------------------------------------------------
 
 
-def compile_all(chip: Chip, sizes: list[int], dump: Path) -> dict[str, Cost]:
-    """Compile every program at every n, reading each one's schedules as they appear."""
+def compile_all(chip: Chip, sizes: list[int], only: list[str], dump: Path) -> dict[str, float]:
+    """Compile every chosen program at every n, reading each one's schedules and deleting them: they are gigabytes."""
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
@@ -172,22 +168,23 @@ def compile_all(chip: Chip, sizes: list[int], dump: Path) -> dict[str, Cost]:
     argument = functools.partial(
         jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device)
     )
-    seen: set[Path] = set()
     costs = {}
     for n in sizes:
         for name, program in programs().items():
+            if not any(part in name for part in only):
+                continue
             compiled = jax.jit(program).trace(argument((TOKENS, n)), argument(()))
             compiled = compiled.lower(lowering_platforms=("tpu",)).compile()
-            files = {file for file in dump.glob("*final_bundles.txt") if "schedule-analysis" not in file.name}
-            cycles = program_cycles(compiled.as_text(), sorted(files - seen))
-            seen |= files
-            outputs = jax.tree.leaves(jax.eval_shape(program, argument((TOKENS, n)), argument(())))
-            moved = 4 * (TOKENS * n + sum(output.size for output in outputs))
-            costs[f"{name}|{n}"] = Cost(cycles / TOKENS, moved / TOKENS)
+            schedules = [file for file in dump.glob("*final_bundles.txt") if "schedule-analysis" not in file.name]
+            cycles = program_cycles(compiled.as_text(), schedules)
+            for file in dump.iterdir():
+                file.unlink()
+            costs[f"{name}|{n}"] = cycles / TOKENS
+            print(f"{chip.topology} n={n} {name}: {cycles / TOKENS:.3f}", file=sys.stderr, flush=True)
     return costs
 
 
-def run_chip(name: str, sizes: list[int]) -> dict[str, Cost]:
+def run_chip(name: str, sizes: list[int], only: list[str]) -> dict[str, float]:
     """`compile_all` in a subprocess, whose environment makes libtpu compile without a TPU and write schedules."""
     with tempfile.TemporaryDirectory() as dump:
         environment = os.environ | {
@@ -198,38 +195,28 @@ def run_chip(name: str, sizes: list[int]) -> dict[str, Cost]:
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
         }
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.tpu_kernels",
-            "--worker",
-            dump,
-            "--chips",
-            name,
-            "--n",
-            *map(str, sizes),
-        ]
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"compiling for {name} failed:\n{done.stderr[-2000:]}")
-    return {key: Cost(*cost) for key, cost in json.loads(done.stdout.splitlines()[-1]).items()}
+        options = ["--worker", dump, "--chips", name, "--n", *map(str, sizes), "--only", *only]
+        command = [sys.executable, "-m", "benchmarks.tpu_kernels", *options]
+        done = subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-# The table ------------------------------------------------------------------------------------------------------------
+# The table ----------------------------------------------------------------------------------------------------------
 
 
-def rows_of(chip: str, costs: dict[str, Cost]) -> list[dict[str, Any]]:
+def rows_of(chip: str, costs: dict[str, float]) -> list[dict[str, Any]]:
     """One row per program and n; ratio to softmax + top_k on the same chip."""
     rows = []
     for key, cost in costs.items():
         name, n = key.split("|")
-        baseline = costs[f"softmax + top_k|{n}"].cycles
-        values = {"value": round(cost.cycles, 3), "unit": "cycles/token", "ratio": round(cost.cycles / baseline, 3)}
-        rows.append({"name": name, "case": f"{chip} n={n} k={K}", **values})
+        baseline = costs.get(f"softmax + top_k|{n}")
+        ratio = round(cost / baseline, 3) if baseline else None
+        row = {"name": name, "case": f"{chip} n={n} k={K}", "value": round(cost, 3), "unit": "cycles/token"}
+        rows.append(row | {"ratio": ratio})
     return rows
 
 
-def table(chip: str, sizes: list[int], costs: dict[str, Cost]) -> str:
+def table(chip: str, sizes: list[int], costs: dict[str, float]) -> str:
     """A Markdown table of one chip."""
     spec = CHIPS[chip]
     lines = [
@@ -241,11 +228,12 @@ def table(chip: str, sizes: list[int], costs: dict[str, Cost]) -> str:
     for name in dict.fromkeys(key.split("|")[0] for key in costs):
         cells = []
         for n in sizes:
-            cycles = costs[f"{name}|{n}"].cycles
-            other = costs.get(f"{name.removesuffix('pallas_tpu')}xla|{n}") if "pallas_tpu" in name else None
-            cells.append(f"{cycles:.2f}" + (f" ({other.cycles / cycles:.1f}× less)" if other else ""))
+            cycles = costs[f"{name}|{n}"]
+            xla = costs.get(f"{name.removesuffix('pallas_tpu')}xla|{n}") if name.endswith("pallas_tpu") else None
+            cells.append(f"{cycles:.2f}" + (f" ({xla / cycles:.1f}× less)" if xla else ""))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    limits = [costs[f"threshold p=2 pallas_tpu|{n}"].bytes * spec.hertz / spec.bytes_per_second for n in sizes]
+    # x and the mask, in float32
+    limits = [2 * 4 * n * spec.hertz / spec.bytes_per_second for n in sizes]
     lines.append("| limit: read x, write the mask | " + " | ".join(f"{limit:.2f}" for limit in limits) + " |")
     return "\n".join(lines)
 
@@ -255,12 +243,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--n", nargs="+", type=int, default=[8, 32, 128])
+    parser.add_argument("--only", nargs="+", default=[""], help="programs whose name has one of these in it")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file, with their circumstances")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(compile_all(CHIPS[options.chips[0]], options.n, options.worker)))
+        print(json.dumps(compile_all(CHIPS[options.chips[0]], options.n, options.only, options.worker)))
         return
     try:
         libtpu = importlib.metadata.version("libtpu")
@@ -276,7 +265,7 @@ def main() -> None:
     print("\n\n".join(text), flush=True)
     rows: list[dict[str, Any]] = []
     for chip in options.chips:
-        costs = run_chip(chip, options.n)
+        costs = run_chip(chip, options.n, options.only)
         rows += rows_of(chip, costs)
         text.append(table(chip, options.n, costs))
         print(f"\n{text[-1]}", flush=True)
