@@ -99,7 +99,7 @@ _either.multiple_results = True
 @_either.def_impl
 @functools.partial(jax.jit, static_argnames=("kernel", "reference"))
 def _run(x: Array, strength: Array, *, kernel: Bound, reference: Bound) -> Sequence[Array]:
-    if jax.config.jax_disable_jit:  # without a lowering there is nothing to choose by
+    if jax.config.read("jax_disable_jit"):  # without a lowering there is nothing to choose by
         return reference(x, strength)
     return _either.bind(x, strength, kernel=kernel, reference=reference)
 
