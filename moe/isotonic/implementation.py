@@ -99,7 +99,8 @@ _either.multiple_results = True
 @_either.def_impl
 @functools.partial(jax.jit, static_argnames=("kernel", "reference"))
 def _run(x: Array, strength: Array, *, kernel: Bound, reference: Bound) -> Sequence[Array]:
-    if jax.config.read("jax_disable_jit"):  # without a lowering there is nothing to choose by
+    config: Any = jax.config  # whose fields only the newer jax declares to type checkers
+    if config.jax_disable_jit:  # without a lowering there is nothing to choose by
         return reference(x, strength)
     return _either.bind(x, strength, kernel=kernel, reference=reference)
 
