@@ -23,13 +23,15 @@ from moe.isotonic.layout import over_columns, vary_like
 from moe.isotonic.problem import Problem, as_problem, from_columns
 from moe.types import Solution
 
+_LEAST_P = 1.25
+
 
 @dataclasses.dataclass(frozen=True)
 class Dykstra:
     """Alternating projections: adds, compares and selects only, so it vectorises over problems. Iterative, not exact.
 
-    A pooled block of m entries needs about m^2 sweeps: right for routers, wrong for pruning a weight matrix. The
-    residual of the solution says how far the two projections of the last sweep lie apart.
+    It serves p in [1.25, 2]. A pooled block of m entries needs about m^2 sweeps: right for routers, wrong for pruning a
+    weight matrix. The residual of the solution says how far the two projections of the last sweep lie apart.
 
     steps: most sweeps; a sweep is both projections.
     tol: a problem stops after the sweep whose residual is at most tol * strength. With tol = 0 all problems run all
@@ -67,6 +69,9 @@ class Dykstra:
         origin: Float[Array, "*#b 1"] | float = 0.0,
     ) -> Solution:
         """Solve along the last axis for any w; `origin` is what was subtracted from s (and is missing in the value)."""
+        # Below, (s - v)^(1/(p-1)) is so flat that float32 multipliers stall short of the solution, and the residual
+        # does not see it.
+        require(p >= _LEAST_P, "p", p, f"at least {_LEAST_P} for Dykstra; Threshold and Pav serve any p in (1, 2]")
         problem = as_problem(s, w, strength, p, magnitude, jnp.asarray(origin, s.dtype))
         # A mask has no quadratic part, which is no array.
         columns = [a for a in problem[:3] if a is not None]

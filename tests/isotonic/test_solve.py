@@ -13,7 +13,6 @@ from tests.oracles import operators as oracle
 
 SOLVERS = [isotonic.Pav(), isotonic.Dykstra(steps=400, tol=0.0)]
 CASES = [(2.0, False), (1.5, False), (4 / 3, False), (2.0, True), (4 / 3, True), (1.2, True)]
-RNG = np.random.default_rng(0)
 
 
 @functools.cache
@@ -21,11 +20,12 @@ def jitted(solver, p, magnitude=False):
     return jax.jit(functools.partial(isotonic.solve, p=p, magnitude=magnitude, solver=solver))
 
 
-def problems(magnitude, n=7, count=6):
+def problems(magnitude, n=7, count=6, seed=0):
     """Descending s, and w that descend, ascend, and are top-k's."""
-    s = RNG.normal(size=(count, n))
+    rng = np.random.default_rng(seed)
+    s = rng.normal(size=(count, n))
     s = -np.sort(-np.abs(s) if magnitude else -s, axis=-1)
-    w = -np.sort(-RNG.uniform(0, 2, (count, n)), axis=-1)
+    w = -np.sort(-rng.uniform(0, 2, (count, n)), axis=-1)
     w[1] = w[1, ::-1]
     w[2] = np.arange(n) < 3
     return s.astype(np.float32), w.astype(np.float32)
@@ -34,6 +34,10 @@ def problems(magnitude, n=7, count=6):
 @pytest.mark.parametrize("solver", SOLVERS, ids=["pav", "dykstra"])
 @pytest.mark.parametrize(("p", "magnitude"), CASES)
 def test_general_problems(solver, p, magnitude):
+    if isinstance(solver, isotonic.Dykstra) and p < 1.25:
+        with pytest.raises(ValueError, match=r"p is 1.2, .*at least 1.25 for Dykstra; Threshold and Pav"):
+            isotonic.solve(jnp.ones(3), jnp.zeros(3), strength=1.0, p=p, magnitude=magnitude, solver=solver)
+        return
     s, w = problems(magnitude)
     for strength in (0.05, 1.0, 5.0):
         found = jitted(solver, p, magnitude)(s, w, strength=strength)
@@ -41,6 +45,20 @@ def test_general_problems(solver, p, magnitude):
         np.testing.assert_allclose(found.value, expected, atol=5e-6 * max(1.0, strength))
         assert (np.diff(found.value, axis=-1) <= 5e-6 * max(1.0, strength)).all()
         assert found.steps.shape == found.residual.shape == (6,)
+
+
+@pytest.mark.parametrize(("p", "magnitude"), [(1.25, True), (4 / 3, True)])
+def test_the_residual_of_dykstra_bounds_its_error_where_it_has_not_converged(p, magnitude):
+    solver = isotonic.Dykstra(steps=400, tol=0.0)
+    unconverged = 0
+    for seed in range(10):
+        s, w = problems(magnitude, seed=seed)
+        found = jitted(solver, p, magnitude)(s, w, strength=5.0)
+        expected = np.stack([oracle.pav(a, b, 5.0, p, magnitude) for a, b in zip(s, w, strict=True)])
+        error = np.abs(found.value - expected).max(axis=-1)
+        unconverged += int((error > 5e-6).sum())
+        assert (error <= 2.5e-5 + 2 * np.asarray(found.residual)).all()
+    assert unconverged > 0
 
 
 @pytest.mark.parametrize(("p", "magnitude"), CASES)
@@ -56,7 +74,7 @@ def test_threshold_solves_topk_problems_of_every_strength(p, magnitude):
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=["pav", "dykstra"])
 def test_isotonic_regression_of_unsorted_values(solver):
-    s = RNG.normal(size=(4, 12)).astype(np.float32)
+    s = np.random.default_rng(0).normal(size=(4, 12)).astype(np.float32)
     value = jitted(solver, 2.0)(s, jnp.zeros(12), strength=1.0).value
     expected = np.stack([isotonic_regression(row.astype(np.float64), increasing=False).x for row in s])
     np.testing.assert_allclose(value, expected, atol=2e-6)
@@ -171,7 +189,7 @@ def _soft(x, strength, p, rank):
 
 @pytest.mark.parametrize("p", [2.0, 4 / 3])
 def test_soft_sort_and_rank(p):
-    x = RNG.normal(size=(3, 6))
+    x = np.random.default_rng(0).normal(size=(3, 6))
     for name, rank in (("soft_sort", False), ("soft_rank", True)):
         run = jax.jit(functools.partial(getattr(topk, name), p=p, axis=0))
         for strength in (0.5, 5.0):
