@@ -2,8 +2,8 @@
 
     python train.py --config=configs/digits.py --workdir=runs/digits
 
-1 437 scans of 8×8 pixels to train on, 360 by other writers to test on. On two cores, in under 2 minutes: test accuracy
-.970 ± .001 with `softmax`, .967 ± .010 with `sparse_topk`, .968 ± .002 with `successive_halving`, 3 seeds each.
+1 437 scans of 8×8 pixels to train on, 360 by other writers to test on. On two cores, in about a minute: test accuracy
+.958 ± .007 with `softmax`, .961 ± .006 with `sparse_topk`, .968 ± .002 with `successive_halving`, 3 seeds each.
 """
 
 import ml_collections
