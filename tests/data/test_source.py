@@ -72,9 +72,9 @@ def test_resize_takes_the_central_square():
 
 
 def test_data_dir_is_the_given_one_then_the_environments_then_data(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("HOME", "/elsewhere/someone")
     monkeypatch.setenv("TFDS_DATA_DIR", "/environment")
-    assert source.resolve_data_dir("~/given") == "/home/someone/given"
+    assert source.resolve_data_dir("~/given") == "/elsewhere/someone/given"
     assert source.resolve_data_dir() == "/environment"
     monkeypatch.delenv("TFDS_DATA_DIR")
     assert source.resolve_data_dir() == "data"
