@@ -5,13 +5,16 @@ Letters (`logits_TE` has shape [T, E]; jaxtyping signatures use the same letters
     T  tokens routed together (one group)      G  groups of tokens
     E  experts                                 K  experts per token
     C  capacity (slots per expert)             N  rows of an assignment (T * max_experts)
+    X  logits per token (most routers: E)
     D  model width                             F  expert width
     B  batch (examples)                        L  length (tokens of an example)
     V  vocabulary or classes                   H  attention heads
 """
 
+import dataclasses
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 Losses: TypeAlias = dict[str, Float[Array, "..."]]
@@ -32,19 +35,35 @@ class Solution(NamedTuple):
     residual: Float[Array, "..."]
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Sizes of a group that its arrays don't tell; static under jit, without leaves.
+
+    num_experts: E. num_examples: the group's T tokens are so many examples of one length, one after the other.
+    """
+
+    num_experts: int
+    num_examples: int
+
+
 class RouterInputs(NamedTuple):
     """What a router may look at, for one group of T tokens. Only the logits are always there.
 
-    logits: one score per token and expert, float32.
+    logits: scores per token, float32; one per expert, unless the router asks the gate for another number X.
     tokens: the representations that the logits were computed from.
-    ids: token ids (hash routing).
+    ids: token ids, or positions in an example where tokens have none (hash routing).
     mask: False marks padding, which is never routed and counts in no loss or metric.
+    gate: the matrix of the gate, logits = tokens · gate; the same for all groups.
+    layout: number of experts and of examples; None means E = X and one example.
     """
 
-    logits: Float[Array, "T E"]
+    logits: Float[Array, "T X"]
     tokens: Float[Array, "T D"] | None = None
     ids: Int[Array, "T"] | None = None
     mask: Bool[Array, "T"] | None = None
+    gate: Float[Array, "D X"] | None = None
+    layout: Layout | None = None
 
 
 class Assignments(NamedTuple):

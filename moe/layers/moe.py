@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe.layers.mlp import WEIGHT_AXES, Activation, init_mlp, mlp
 from moe.layers.param import RouterState, matrix
@@ -16,7 +16,7 @@ from moe.parallel.dispatch import dispatch
 from moe.parallel.mesh import Axes
 from moe.routers.base import Router
 from moe.routers.metrics import routing_metrics
-from moe.types import Losses, Metrics, PyTree, RouterInputs
+from moe.types import Keys, Layout, Losses, Metrics, PyTree, Routed, RouterInputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,8 @@ class Moe(nnx.Module):
         self.router = router
         self.activation = activation
         key_gate, key_experts = jax.random.split(key)
-        self.w_gate = matrix(key_gate, (width, config.num_experts), ("embed", None), fan_in=width)
+        num_logits = router.num_logits(config.num_experts)
+        self.w_gate = matrix(key_gate, (width, num_logits), ("embed", None), fan_in=width)
         self.experts = nnx.Dict(init_mlp(key_experts, width, config.expert_width, activation, config.num_experts))
         params, state = router.init(config.num_experts)
         self.router_params = nnx.data(jax.tree.map(lambda v: nnx.Param(v, axes=(None,) * v.ndim), params))
@@ -76,10 +77,12 @@ class Moe(nnx.Module):
         keys: Key[Array, "B"] | None,
         mesh: Mesh,
         mask: Bool[Array, "B"] | None = None,
+        ids_BL: Int[Array, "B L"] | None = None,
     ) -> MoeOutput:
         """Routes the examples in groups.
 
         keys: one per example in training, None in evaluation. mask: False marks an example that is only padding.
+        ids_BL: token ids, for routers that look at them; where a model has none, positions stand in.
         Raises ValueError where the group size doesn't divide the batch.
         """
         num_examples, length, width = x_BLD.shape
@@ -90,13 +93,23 @@ class Moe(nnx.Module):
         mask_GT = jnp.broadcast_to(mask_B[:, None], (num_examples, length)).reshape(groups, num_tokens)
 
         # Float32 throughout: by default TPUs and GPUs round the factors of a float32 product.
-        logits_GTE = jnp.einsum("GTD,DE->GTE", x_GTD.astype(jnp.float32), self.w_gate[...], precision="highest")
-        inputs = RouterInputs(logits_GTE, tokens=x_GTD, mask=mask_GT)
+        logits_GTX = jnp.einsum("GTD,DX->GTX", x_GTD.astype(jnp.float32), self.w_gate[...], precision="highest")
+        if ids_BL is None:
+            ids_BL = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (num_examples, length))
+        inputs = RouterInputs(
+            logits_GTX,
+            tokens=x_GTD,
+            ids=ids_BL.reshape(groups, num_tokens),
+            mask=mask_GT,
+            layout=Layout(self.config.num_experts, num_examples // groups),
+        )
         params, state = (jax.tree.map(_value, part, is_leaf=_is_variable) for part in self._router_variables())
         group_keys = None if keys is None else keys.reshape(groups, -1)
-        routed = jax.vmap(self.router, in_axes=(None, 0, None, None if keys is None else 0))(
-            params, inputs, state, group_keys
-        )
+
+        def route(group: RouterInputs, keys: Keys | None) -> Routed:
+            return self.router(params, group._replace(gate=self.w_gate[...]), state, keys)
+
+        routed = jax.vmap(route)(inputs, group_keys)
 
         weight_axes: dict[str, Axes] = {name: ("expert", *WEIGHT_AXES[name]) for name in self.experts}
         y_GTD, kept_G = dispatch(
@@ -110,10 +123,11 @@ class Moe(nnx.Module):
             mesh=mesh,
         )
         metrics = {name: jnp.mean(value) for name, value in routed.metrics.items()}
+        metrics |= routing_metrics(routed.routing, logits_GTX, mask_GT, kept_G, self.config.num_experts)
         return MoeOutput(
             y=y_GTD.reshape(x_BLD.shape),
             losses={name: jnp.mean(value) for name, value in routed.losses.items()},
-            metrics=metrics | jax.lax.stop_gradient(routing_metrics(routed.routing, logits_GTE, mask_GT, kept_G)),
+            metrics=jax.lax.stop_gradient(metrics),
             state=jax.tree.map(lambda leaf: jax.lax.stop_gradient(jnp.mean(leaf, axis=0)), routed.state),
         )
 
@@ -124,7 +138,8 @@ class Moe(nnx.Module):
         factor = self.config.capacity_factor if training else self.config.evaluation_capacity_factor
         if not factor:
             return num_tokens
-        return capacity(factor, num_tokens, self.router.k, self.config.num_experts)
+        k = self.config.num_experts if self.router.k is None else self.router.k
+        return capacity(factor, num_tokens, k, self.config.num_experts)
 
 
 def group_count(num_examples: int, group_size: int) -> int:

@@ -1,12 +1,13 @@
-"""What every router is, and the small steps that several of them share."""
+"""What every router is, and the steps that most of them share, as plain functions."""
 
-from typing import Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moe.types import Assignments, Keys, PyTree, Routed, RouterInputs
+from moe.routers import losses
+from moe.types import Assignments, Keys, Layout, Losses, Metrics, PyTree, Routed, RouterInputs, Slots
 
 
 @runtime_checkable
@@ -14,7 +15,7 @@ class Router(Protocol):
     """A pure map from the logits of one group of T tokens to a routing.
 
     `router(params, inputs, state, key)` returns `Routed`. A router is a frozen dataclass of its settings; what it
-    learns is in `params`, what it adapts outside the gradient is in `state`, both made by `init`.
+    learns besides the gate is in `params`, what it adapts outside the gradient is in `state`, both made by `init`.
 
     key: one key per example of the group, T being a multiple of their number, so that noise belongs to an example and
         not to its place on a mesh. None means evaluation: no noise, no change of state, and no limit on the experts
@@ -26,15 +27,33 @@ class Router(Protocol):
     """
 
     @property
-    def k(self) -> int:
-        """Experts per token (for routers that vary it: at least, or on average; each says which)."""
+    def k(self) -> int | None:
+        """Experts per token (for routers that vary it: at least, or on average; each says which). None: all."""
+        ...
+
+    def num_logits(self, num_experts: int) -> int:
+        """X, the logits per token that the gate has to compute: what a router learns from tokens goes through it."""
         ...
 
     def init(self, num_experts: int) -> tuple[PyTree, PyTree]:
-        """Parameters and state of a fresh router; empty dicts where it has none."""
+        """Parameters and state of a fresh router; empty dicts where it has none.
+
+        Neither is random nor as wide as a token, since the gate takes that part: no key and no width are needed.
+        """
         ...
 
     def __call__(self, params: PyTree, inputs: RouterInputs, state: PyTree, key: Keys | None) -> Routed: ...
+
+
+def one_logit_per_expert(router: Any, num_experts: int) -> int:
+    """`Router.num_logits` of most routers."""
+    return num_experts
+
+
+def no_variables(router: Any, num_experts: int) -> tuple[PyTree, PyTree]:
+    """`Router.init` of routers without parameters or state of their own."""
+    check_k(router.k, num_experts)
+    return {}, {}
 
 
 def check_k(k: int, num_experts: int) -> None:
@@ -43,32 +62,71 @@ def check_k(k: int, num_experts: int) -> None:
         raise ValueError(f"router.k = {k} experts per token must lie in 1..{num_experts}, the number of experts.")
 
 
+class Given(NamedTuple):
+    """A router's inputs made ready: float32 logits, a mask that is always there, and the sizes."""
+
+    logits: Float[Array, "T X"]
+    mask: Bool[Array, "T"]
+    num_experts: int
+    num_examples: int
+
+
+def given(router: Router, inputs: RouterInputs) -> Given:
+    """What `router.__call__` begins with; a group without a layout is one example with a logit per expert.
+
+    Raises ValueError where k, the width of the logits or the number of examples doesn't fit.
+    """
+    num_tokens, num_logits = inputs.logits.shape
+    layout = inputs.layout or Layout(num_experts=num_logits, num_examples=1)
+    if router.k is not None:
+        check_k(router.k, layout.num_experts)
+    wanted = router.num_logits(layout.num_experts)
+    if num_logits != wanted:
+        raise ValueError(
+            f"this router wants {wanted} logits per token for {layout.num_experts} experts, not {num_logits}: make the "
+            "gate that wide, and give the number of experts in RouterInputs.layout."
+        )
+    if num_tokens % layout.num_examples:
+        raise ValueError(f"{num_tokens} tokens can't be {layout.num_examples} examples of one length.")
+    mask_T = jnp.ones(num_tokens, bool) if inputs.mask is None else inputs.mask
+    return Given(inputs.logits.astype(jnp.float32), mask_T, layout.num_experts, layout.num_examples)
+
+
 def example_noise(key: Keys, num_tokens: int, num_experts: int) -> Float[Array, "T E"]:
     """Standard normal noise for T tokens of `key.size` examples; each example's noise depends on its own key only."""
     per_example = (num_tokens // key.size, num_experts)
     return jax.vmap(lambda one: jax.random.normal(one, per_example))(key).reshape(num_tokens, num_experts)
 
 
-def token_mask(inputs: RouterInputs) -> Bool[Array, "T"]:
-    """True for the tokens to route; all of them where the inputs mark no padding."""
-    if inputs.mask is None:
-        return jnp.ones(inputs.logits.shape[0], bool)
-    return inputs.mask
+def best(scores_TE: Float[Array, "T E"], k: int) -> Int[Array, "T K"]:
+    """Each token's k highest scores, best first; ties go to the lower index. No gradient."""
+    return jax.lax.top_k(jax.lax.stop_gradient(scores_TE), k)[1]
+
+
+def multi_hot(expert_TK: Int[Array, "T K"], num_experts: int) -> Float[Array, "T E"]:
+    """1 where a token has the expert, 0 elsewhere."""
+    return jnp.sum(jax.nn.one_hot(expert_TK, num_experts), axis=1)
 
 
 def queue(
     expert_TK: Int[Array, "T K"],
     weight_TK: Float[Array, "T K"],
-    valid_TK: Bool[Array, "T K"],
+    mask_T: Bool[Array, "T"],
+    *,
+    wanted_TK: Bool[Array, "T K"] | None = None,
     priority_T: Float[Array, "T"] | None = None,
     choices: Int[Array, ""] | None = None,
 ) -> Assignments:
     """Lines up each token's choices, best first, into the queue order of V-MoE (2106.05974, section 3).
 
     All first choices stand before all second choices. Among equals tokens stand in their own order, or by decreasing
-    `priority_T` (batch priority routing). `choices` defaults to the number of valid rows.
+    `priority_T` (batch priority routing). Rows of padding aren't valid, nor those that `wanted_TK` marks False.
+    `choices` defaults to the number of valid rows.
     """
     num_tokens, num_choices = expert_TK.shape
+    valid_TK = jnp.broadcast_to(mask_T[:, None], expert_TK.shape)
+    if wanted_TK is not None:
+        valid_TK &= wanted_TK
     order_T = jnp.arange(num_tokens) if priority_T is None else jnp.argsort(-priority_T)
     return Assignments(
         token=jnp.tile(order_T.astype(jnp.int32), num_choices),
@@ -77,3 +135,22 @@ def queue(
         valid=valid_TK[order_T].T.reshape(-1),
         choices=jnp.sum(valid_TK, dtype=jnp.int32) if choices is None else choices.astype(jnp.int32),
     )
+
+
+def token_choice_losses(one: Given, probs_TE: Float[Array, "T E"], choice_TE: Float[Array, "T E"], k: int) -> Losses:
+    """The losses that every router of token choice offers, unweighted: balance, importance and z.
+
+    probs_TE: what a token thinks of each expert; rows sum to 1. choice_TE: what it took; rows sum to about k.
+    """
+    return {
+        "balance": losses.load_balancing(probs_TE, choice_TE, k, one.mask),
+        "importance": losses.importance(probs_TE, one.mask),
+        "z": losses.z(one.logits, one.mask),
+    }
+
+
+def answer(
+    router: Router, routing: Assignments | Slots, unweighted: Losses, state: PyTree, metrics: Metrics | None = None
+) -> Routed:
+    """What `router.__call__` ends with: losses weighted by the router's fields, and unweighted among its metrics."""
+    return Routed(routing, losses.weighted(router, unweighted), unweighted | (metrics or {}), state)

@@ -22,29 +22,32 @@ def expert_load(routing: Assignments | Slots, num_experts: int) -> Float[Array, 
 
 def routing_metrics(
     routing: Assignments | Slots,
-    logits_GTE: Float[Array, "G T E"],
+    logits_GTX: Float[Array, "G T X"],
     mask_GT: Bool[Array, "G T"],
     kept_G: Int[Array, "G"],
+    num_experts: int,
 ) -> Metrics:
     """The metrics that every router has, as scalars over the batch.
 
     load_max_to_mean: largest expert load over the mean load; 1 at balance, E when one expert has everything.
     dead_experts: experts that no token asked for.
-    entropy: mean over tokens of the entropy of softmax(logits), in nats; log E at uniform, 0 when collapsed.
+    entropy: mean over tokens of the entropy of softmax(logits), in nats; log E at uniform, 0 when collapsed. Only
+        where there is a logit per expert: other routers return an entropy over experts among their own metrics.
     overflow: fraction of the router's choices that were dropped, by `max_experts` or capacity; `kept_G` were not.
     experts_per_token: choices per token.
     """
-    num_experts = logits_GTE.shape[-1]
     load_E = expert_load(routing, num_experts)
     tokens = jnp.sum(mask_GT, dtype=jnp.float32)
     if isinstance(routing, Slots):  # every token reads every expert, and none is dropped
         choices = kept = tokens * num_experts
     else:
         choices, kept = (jnp.sum(counts_G).astype(jnp.float32) for counts_G in (routing.choices, kept_G))
-    return {
+    metrics = {
         "load_max_to_mean": jnp.max(load_E) / jnp.maximum(jnp.mean(load_E), jnp.finfo(jnp.float32).tiny),
         "dead_experts": jnp.sum(load_E == 0, dtype=jnp.float32),
-        "entropy": entropy(logits_GTE.reshape(-1, num_experts), mask_GT.reshape(-1)),
         "overflow": (choices - kept) / jnp.maximum(choices, 1),
         "experts_per_token": choices / jnp.maximum(tokens, 1),
     }
+    if logits_GTX.shape[-1] == num_experts:
+        metrics["entropy"] = entropy(logits_GTX.reshape(-1, num_experts), mask_GT.reshape(-1))
+    return metrics

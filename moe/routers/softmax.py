@@ -6,7 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from moe.routers import losses
-from moe.routers.base import check_k, example_noise, queue, token_mask
+from moe.routers.base import (
+    answer,
+    best,
+    example_noise,
+    given,
+    multi_hot,
+    no_variables,
+    one_logit_per_expert,
+    queue,
+    token_choice_losses,
+)
 from moe.types import Keys, PyTree, Routed, RouterInputs
 
 
@@ -39,42 +49,28 @@ class Softmax:
                 f"router.softmax.load_weight = {self.load_weight} needs noise > 0: set noise, or load_weight = 0."
             )
 
-    def init(self, num_experts: int) -> tuple[PyTree, PyTree]:
-        """No parameters of its own and no state."""
-        check_k(self.k, num_experts)
-        return {}, {}
+    num_logits = one_logit_per_expert
+    init = no_variables
 
     def __call__(self, params: PyTree, inputs: RouterInputs, state: PyTree, key: Keys | None) -> Routed:
         """Routes one group; see `moe.routers.base.Router`."""
-        logits_TE = inputs.logits.astype(jnp.float32)
-        num_experts = logits_TE.shape[-1]
-        check_k(self.k, num_experts)
-        mask_T = token_mask(inputs)
+        one = given(self, inputs)
+        logits_TE, num_experts = one.logits, one.num_experts
         noise_std = self.noise / num_experts
         noisy_TE = logits_TE
         if key is not None and self.noise:
             noisy_TE = logits_TE + noise_std * example_noise(key, *logits_TE.shape)
 
         # Choosing by logit keeps the order of experts whose probabilities underflow.
-        expert_TK = jax.lax.top_k(jax.lax.stop_gradient(noisy_TE), self.k)[1]
+        expert_TK = best(noisy_TE, self.k)
         weight_TK = jnp.take_along_axis(jax.nn.softmax(noisy_TE), expert_TK, axis=-1)
         priority_T = jax.lax.stop_gradient(weight_TK[:, 0]) if self.batch_priority else None
         if self.renormalize:
             weight_TK = weight_TK / jnp.sum(weight_TK, axis=-1, keepdims=True)
-        routing = queue(
-            expert_TK,
-            weight_TK,
-            valid_TK=jnp.broadcast_to(mask_T[:, None], expert_TK.shape),
-            priority_T=priority_T,
-        )
+        routing = queue(expert_TK, weight_TK, one.mask, priority_T=priority_T)
 
-        clean_TE = jax.nn.softmax(logits_TE)
-        chosen_TE = jnp.sum(jax.nn.one_hot(expert_TK, num_experts), axis=1)
-        unweighted = {
-            "importance": losses.importance(clean_TE, mask_T),
-            "balance": losses.load_balancing(clean_TE, chosen_TE, self.k, mask_T),
-            "z": losses.z(logits_TE, mask_T),
-        }
+        chosen_TE = multi_hot(expert_TK, num_experts)
+        unweighted = token_choice_losses(one, jax.nn.softmax(logits_TE), chosen_TE, self.k)
         if key is not None and self.noise:
-            unweighted["load"] = losses.load(logits_TE, noisy_TE, self.k, noise_std, mask_T)
-        return Routed(routing, losses.weighted(self, unweighted), unweighted, state)
+            unweighted["load"] = losses.load(logits_TE, noisy_TE, self.k, noise_std, one.mask)
+        return answer(self, routing, unweighted, state)

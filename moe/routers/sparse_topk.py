@@ -7,7 +7,15 @@ import jax.numpy as jnp
 
 from moe import isotonic, topk
 from moe.routers import losses
-from moe.routers.base import check_k, queue, token_mask
+from moe.routers.base import (
+    answer,
+    best,
+    given,
+    no_variables,
+    one_logit_per_expert,
+    queue,
+    token_choice_losses,
+)
 from moe.types import Keys, PyTree, Routed, RouterInputs
 
 
@@ -42,37 +50,31 @@ class SparseTopK:
         if self.max_experts and self.max_experts < self.k:
             raise ValueError(f"router.sparse_topk.max_experts = {self.max_experts} must be 0 or at least k = {self.k}.")
 
-    def init(self, num_experts: int) -> tuple[PyTree, PyTree]:
-        """No parameters of its own and no state."""
-        check_k(self.k, num_experts)
-        return {}, {}
+    num_logits = one_logit_per_expert
+    init = no_variables
 
     def __call__(self, params: PyTree, inputs: RouterInputs, state: PyTree, key: Keys | None) -> Routed:
         """Routes one group; see `moe.routers.base.Router`."""
-        logits_TE = inputs.logits.astype(jnp.float32)
-        num_experts = logits_TE.shape[-1]
-        check_k(self.k, num_experts)
-        mask_T = token_mask(inputs)
+        one = given(self, inputs)
+        logits_TE, num_experts = one.logits, one.num_experts
 
         mask_TE = topk.mask(logits_TE, self.k, strength=self.strength, p=self.p, solver=self.solver)
         probs_TE = jax.nn.softmax(logits_TE)
-        wanted_TE = (mask_TE > 0) & mask_T[:, None]
+        wanted_TE = (mask_TE > 0) & one.mask[:, None]
         limit = num_experts if key is None or not self.max_experts else min(self.max_experts, num_experts)
         # A mask may underflow against the softmax: the choice itself ranks before its weight.
         rank_TE = jnp.where(wanted_TE, mask_TE * probs_TE, -1.0)
-        expert_TK = jax.lax.top_k(jax.lax.stop_gradient(rank_TE), limit)[1]
+        expert_TK = best(rank_TE, limit)
         routing = queue(
             expert_TK,
             weight_TK=jnp.take_along_axis(mask_TE * probs_TE, expert_TK, axis=-1),
-            valid_TK=jnp.take_along_axis(wanted_TE, expert_TK, axis=-1),
+            mask_T=one.mask,
+            wanted_TK=jnp.take_along_axis(wanted_TE, expert_TK, axis=-1),
             choices=jnp.sum(wanted_TE),
         )
 
-        unweighted = {
-            "balance": losses.load_balancing(probs_TE, mask_TE, self.k, mask_T),
-            "importance": losses.importance(mask_TE, mask_T),
-            "z": losses.z(logits_TE, mask_T),
-        }
+        unweighted = token_choice_losses(one, probs_TE, mask_TE, self.k)
+        unweighted["importance"] = losses.importance(mask_TE, one.mask)
         hard_T = jnp.all((mask_TE == 0) | (mask_TE == 1), axis=-1)
-        metrics = {**unweighted, "hard_mask_share": losses.token_mean(hard_T.astype(jnp.float32), mask_T)}
-        return Routed(routing, losses.weighted(self, unweighted), metrics, state)
+        hard_share = losses.token_mean(hard_T.astype(jnp.float32), one.mask)
+        return answer(self, routing, unweighted, state, {"hard_mask_share": hard_share})

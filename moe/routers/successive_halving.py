@@ -7,7 +7,15 @@ import jax.numpy as jnp
 
 from moe import topk
 from moe.routers import losses
-from moe.routers.base import check_k, queue, token_mask
+from moe.routers.base import (
+    answer,
+    given,
+    multi_hot,
+    no_variables,
+    one_logit_per_expert,
+    queue,
+    token_choice_losses,
+)
 from moe.types import Keys, PyTree, Routed, RouterInputs
 
 
@@ -34,35 +42,25 @@ class SuccessiveHalving:
         if self.base <= 1:
             raise ValueError(f"router.successive_halving.base = {self.base} must exceed 1.")
 
-    def init(self, num_experts: int) -> tuple[PyTree, PyTree]:
-        """No parameters of its own and no state."""
-        check_k(self.k, num_experts)
-        return {}, {}
+    num_logits = one_logit_per_expert
+    init = no_variables
 
     def __call__(self, params: PyTree, inputs: RouterInputs, state: PyTree, key: Keys | None) -> Routed:
         """Routes one group; see `moe.routers.base.Router`."""
-        logits_TE = inputs.logits.astype(jnp.float32)
-        num_experts = logits_TE.shape[-1]
-        check_k(self.k, num_experts)
-        mask_T = token_mask(inputs)
+        one = given(self, inputs)
 
         slots_TKE = topk.successive_halving_matrix(
-            jax.nn.sigmoid(logits_TE), self.k, weights=topk.BoostedSoftmax(base=self.base)
+            jax.nn.sigmoid(one.logits), self.k, weights=topk.BoostedSoftmax(base=self.base)
         )
-        probs_TE = jax.nn.softmax(logits_TE)
+        probs_TE = jax.nn.softmax(one.logits)
         expert_TK = jnp.argmax(slots_TKE, axis=-1)
         slot_weight_TK = jnp.max(slots_TKE, axis=-1)
         weight_TK = slot_weight_TK * jnp.take_along_axis(probs_TE, expert_TK, axis=-1)
         # Slots come in no order of merit: the heaviest choice of a token queues first.
         order_TK = jnp.argsort(-jax.lax.stop_gradient(weight_TK), axis=-1)
         expert_TK, weight_TK = (jnp.take_along_axis(a, order_TK, axis=-1) for a in (expert_TK, weight_TK))
-        routing = queue(expert_TK, weight_TK, valid_TK=jnp.broadcast_to(mask_T[:, None], expert_TK.shape))
+        routing = queue(expert_TK, weight_TK, one.mask)
 
-        chosen_TE = jnp.sum(jax.nn.one_hot(expert_TK, num_experts), axis=1)
-        unweighted = {
-            "balance": losses.load_balancing(probs_TE, chosen_TE, self.k, mask_T),
-            "importance": losses.importance(probs_TE, mask_T),
-            "z": losses.z(logits_TE, mask_T),
-        }
-        left_out = 1 - losses.token_mean(jnp.mean(slot_weight_TK, axis=-1), mask_T)
-        return Routed(routing, losses.weighted(self, unweighted), {**unweighted, "mass_left_out": left_out}, state)
+        unweighted = token_choice_losses(one, probs_TE, multi_hot(expert_TK, one.num_experts), self.k)
+        left_out = 1 - losses.token_mean(jnp.mean(slot_weight_TK, axis=-1), one.mask)
+        return answer(self, routing, unweighted, state, {"mass_left_out": left_out})

@@ -15,7 +15,7 @@ from moe.layers.moe import Moe
 from moe.ops.permute import capacity
 from moe.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from moe.routers import ROUTERS, Router, Softmax, SparseTopK, SuccessiveHalving
-from moe.routers.base import example_noise
+from moe.routers.base import answer, example_noise, given, no_variables, one_logit_per_expert, queue
 from moe.types import Assignments, Keys, PyTree, Routed, RouterInputs, Slots
 from tests.layers.helpers import (
     CONFIG,
@@ -24,6 +24,7 @@ from tests.layers.helpers import (
     GROUP,
     GROUPS,
     HIDDEN,
+    LENGTH,
     ONE_DEVICE,
     TOKENS,
     WIDTH,
@@ -226,9 +227,8 @@ class Fixed:
     """Sends every token that is not padding to expert 0, and says that it made one more choice."""
 
     k: int = 1
-
-    def init(self, num_experts: int) -> tuple[PyTree, PyTree]:
-        return {}, {}
+    num_logits = one_logit_per_expert
+    init = no_variables
 
     def __call__(self, params: PyTree, inputs: RouterInputs, state: PyTree, key: Keys | None) -> Routed:
         tokens_T = jnp.arange(inputs.logits.shape[0], dtype=jnp.int32)
@@ -272,6 +272,7 @@ class SoftSlots:
     """Two soft slots per expert, with a parameter, a state, a loss and a metric, to be carried through the layer."""
 
     k: int = 2
+    num_logits = one_logit_per_expert
 
     def init(self, num_experts: int) -> tuple[PyTree, PyTree]:
         return {"sharpness": jnp.array([1.0, 2.0])}, {"seen": jnp.zeros(num_experts)}
@@ -310,6 +311,42 @@ def test_a_router_of_soft_slots_passes_through_the_layer() -> None:
     assert got.output.metrics["overflow"] == 0
     assert (np.abs(got.gradient["router_params"]["sharpness"]) > 1e-4).all()
     np.testing.assert_array_equal(got.gradient["router_state"]["seen"], 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Witness:
+    """Asks for 2E + 1 logits per token, and tells what it was given."""
+
+    k: int = 1
+    init = no_variables
+
+    def num_logits(self, num_experts: int) -> int:
+        return 2 * num_experts + 1
+
+    def __call__(self, params: PyTree, inputs: RouterInputs, state: PyTree, key: Keys | None) -> Routed:
+        one = given(self, inputs)
+        weights_TK = jnp.ones((TOKENS, 1))
+        gate_error = jnp.max(jnp.abs(one.logits - inputs.tokens @ inputs.gate))
+        metrics = {
+            "id_sum": jnp.sum(inputs.ids * jnp.arange(TOKENS)).astype(jnp.float32),
+            "examples": jnp.float32(one.num_examples),
+            "experts": jnp.float32(one.num_experts),
+            "gate_error": gate_error,
+            "entropy": jnp.float32(0.25),
+        }
+        return answer(self, queue(jnp.zeros((TOKENS, 1), jnp.int32), weights_TK, one.mask), {}, state, metrics)
+
+
+def test_a_router_chooses_the_width_of_the_gate_and_sees_ids_gate_and_sizes() -> None:
+    """Positions 0 1 2 0 1 2 are the ids where a model has none: Σ id·t = 0 + 1 + 4 + 0 + 4 + 10."""
+    layer, x = Moe(WIDTH, CONFIG, Witness(), "gelu", key=jax.random.key(0)), jnp.asarray(make_tokens())
+    assert layer.w_gate[...].shape == (WIDTH, 2 * EXPERTS + 1)
+    call = jax.jit(lambda ids: layer(x, None, ONE_DEVICE, ids_BL=ids).metrics, compiler_options=COMPILER_OPTIONS)
+    metrics = call(None)
+    assert (metrics["id_sum"], metrics["examples"], metrics["experts"]) == (19, GROUP, EXPERTS)
+    np.testing.assert_allclose(metrics["gate_error"], 0, atol=1e-5)
+    assert metrics["entropy"] == 0.25
+    assert call(jnp.full((EXAMPLES, LENGTH), 2, jnp.int32))["id_sum"] == 2 * 15
 
 
 # ---------------------------------------------------------------------------------------------------------------------

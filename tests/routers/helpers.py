@@ -50,7 +50,9 @@ def _forward(
     router: Router, params: PyTree, inputs: RouterInputs, state: PyTree, key: Keys | None
 ) -> tuple[Routed, Array]:
     routed = router(params, inputs, state, key)
-    return routed, effective_weights(routed.routing, *inputs.logits.shape)
+    num_tokens, num_logits = inputs.logits.shape
+    num_experts = num_logits if inputs.layout is None else inputs.layout.num_experts
+    return routed, effective_weights(routed.routing, num_tokens, num_experts)
 
 
 # Routes one group, without gradients.
@@ -59,7 +61,7 @@ route = jax.jit(_forward, static_argnums=0, compiler_options=COMPILER_OPTIONS)
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=COMPILER_OPTIONS)
 def run(router: Router, params: PyTree, inputs: RouterInputs, state: PyTree, key: Keys | None, readout: Array) -> Run:
-    """Routes one group, with gradients; `readout` has the shape of the logits."""
+    """Routes one group, with gradients; `readout` has a number for every token and expert."""
 
     def totals(logits: Array) -> tuple[tuple[Array, Array], tuple[Routed, Array]]:
         routed, weights = _forward(router, params, inputs._replace(logits=logits), state, key)

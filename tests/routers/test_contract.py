@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from moe.routers import ROUTERS, Router
-from moe.types import Assignments, Keys, PyTree, RouterInputs, Slots
+from moe.types import Assignments, Keys, Layout, PyTree, RouterInputs, Slots
 from tests.routers.helpers import (
     COMPILER_OPTIONS,
+    EXAMPLES,
     EXPERTS,
     LENGTH,
     TOKENS,
@@ -48,13 +49,15 @@ def make(name: str, k: int | None = None) -> Router:
     return dataclasses.replace(router, **changes)
 
 
-def inputs_for(logits: np.ndarray, mask_T: np.ndarray | None = None) -> RouterInputs:
-    """Logits with representations and ids beside them, for routers that look at those."""
-    num_tokens = len(logits)
+def inputs_for(logits: np.ndarray, mask_T: np.ndarray | None = None, order_T: np.ndarray | None = None) -> RouterInputs:
+    """Logits with what some routers look at beside them: representations and ids, which `order_T` rearranges."""
+    num_tokens, num_experts = logits.shape
     tokens_TD = np.random.default_rng(4).normal(size=(num_tokens, 6)).astype(np.float32)
     ids_T = np.arange(num_tokens, dtype=np.int32) % 7
+    order_T = np.arange(num_tokens) if order_T is None else order_T
     mask_T = np.ones(num_tokens, bool) if mask_T is None else mask_T
-    return RouterInputs(*(jnp.asarray(a) for a in (logits, tokens_TD, ids_T, mask_T)))
+    arrays = (jnp.asarray(a) for a in (logits, tokens_TD[order_T], ids_T[order_T], mask_T))
+    return RouterInputs(*arrays, layout=Layout(num_experts, EXAMPLES))
 
 
 @functools.cache
@@ -63,11 +66,17 @@ def variables(router: Router, num_experts: int) -> tuple:
 
 
 def ask(
-    name: str, logits: np.ndarray, keys: Keys | None = None, mask_T: np.ndarray | None = None, k: int | None = None
+    name: str,
+    logits: np.ndarray,
+    keys: Keys | None = None,
+    mask_T: np.ndarray | None = None,
+    k: int | None = None,
+    order_T: np.ndarray | None = None,
 ) -> Run:
     router = make(name, k)
     params, state = variables(router, logits.shape[1])
-    return run(router, params, inputs_for(logits, mask_T), state, keys, readout_for(np.asarray(logits, np.float32)))
+    inputs = inputs_for(logits, mask_T, order_T)
+    return run(router, params, inputs, state, keys, readout_for(np.asarray(logits, np.float32)))
 
 
 def assert_finite(got: Run) -> None:
@@ -160,7 +169,7 @@ def test_an_example_keeps_its_noise_wherever_it_stands(name: str) -> None:
     order = np.array([2, 0, 3, 1])
     order_T = (order[:, None] * LENGTH + np.arange(LENGTH)).reshape(-1)
     logits, keys = unbalanced_logits(), example_keys()
-    plain, moved = ask(name, logits, keys), ask(name, logits[order_T], keys[order])
+    plain, moved = ask(name, logits, keys), ask(name, logits[order_T], keys[order], order_T=order_T)
     np.testing.assert_allclose(moved.weights, plain.weights[order_T], rtol=1e-5, atol=1e-6)
     assert_same(moved.routed.losses, plain.routed.losses)
 

@@ -22,7 +22,7 @@ def test_metrics_by_hand() -> None:
     certain, uniform = [40.0, -40.0, -40.0, -40.0], [2.0, 2.0, 2.0, 2.0]
     logits_GTE = jnp.array([[certain, uniform, uniform], [uniform, uniform, certain]])
     mask_GT = jnp.array([[True, True, True], [True, False, False]])
-    got = routing_metrics(two_groups(), logits_GTE, mask_GT, kept_G=jnp.array([2, 2], jnp.int32))
+    got = routing_metrics(two_groups(), logits_GTE, mask_GT, jnp.array([2, 2], jnp.int32), num_experts=4)
     expected = {
         "load_max_to_mean": 4 / 1.5,
         "dead_experts": 1.0,
@@ -38,7 +38,8 @@ def test_metrics_by_hand() -> None:
 def test_a_batch_of_padding_drops_nothing() -> None:
     """No token, no choice: every metric is 0, and none is NaN; all experts are dead."""
     nobody = two_groups()._replace(valid=jnp.zeros((2, 4), bool), choices=jnp.zeros(2, jnp.int32))
-    got = routing_metrics(nobody, jnp.zeros((2, 3, 4)), jnp.zeros((2, 3), bool), kept_G=jnp.zeros(2, jnp.int32))
+    logits_GTE, mask_GT, kept_G = jnp.zeros((2, 3, 4)), jnp.zeros((2, 3), bool), jnp.zeros(2, jnp.int32)
+    got = routing_metrics(nobody, logits_GTE, mask_GT, kept_G, num_experts=4)
     for name, value in got.items():
         np.testing.assert_array_equal(value, 4 if name == "dead_experts" else 0, err_msg=name)
 
@@ -53,5 +54,15 @@ def test_soft_slots_reach_every_expert_of_every_token_and_drop_nothing() -> None
     """T=3 of which one is padding, E=2, C=1."""
     weights_GTEC = jnp.ones((1, 3, 2, 1)) * jnp.array([1.0, 1.0, 0.0])[None, :, None, None]
     mask_GT = jnp.array([[True, True, False]])
-    got = routing_metrics(Slots(weights_GTEC, weights_GTEC), jnp.zeros((1, 3, 2)), mask_GT, jnp.array([6], jnp.int32))
+    slots, kept_G = Slots(weights_GTEC, weights_GTEC), jnp.array([6], jnp.int32)
+    got = routing_metrics(slots, jnp.zeros((1, 3, 2)), mask_GT, kept_G, num_experts=2)
     assert (got["overflow"], got["experts_per_token"], got["load_max_to_mean"], got["dead_experts"]) == (0, 2, 1, 0)
+
+
+def test_the_entropy_of_a_gate_with_another_number_of_logits_is_left_to_the_router() -> None:
+    """Five logits for four experts say nothing about a distribution over experts."""
+    mask_GT, kept_G = jnp.ones((2, 3), bool), jnp.array([2, 2], jnp.int32)
+    by_expert, other = (
+        routing_metrics(two_groups(), jnp.zeros((2, 3, width)), mask_GT, kept_G, num_experts=4) for width in (4, 5)
+    )
+    assert set(by_expert) - set(other) == {"entropy"}
