@@ -58,12 +58,16 @@ def get_config() -> ml_collections.ConfigDict:
         "k": 2,
         "softmax": {
             "noise": 1.0,
+            "jitter": 0.0,
             "renormalize": False,
             "batch_priority": False,
+            "expert_groups": 1,
+            "groups_per_token": 1,
             "importance_weight": 0.005,
             "load_weight": 0.005,
             "balance_weight": 0.0,
             "z_weight": 0.0,
+            "entropy_weight": 0.0,
         },
         "sparse_topk": {
             "strength": 1.0,

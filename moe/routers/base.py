@@ -1,5 +1,6 @@
 """What every router is, and the steps that most of them share, as plain functions."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -92,15 +93,54 @@ def given(router: Router, inputs: RouterInputs) -> Given:
     return Given(inputs.logits.astype(jnp.float32), mask_T, layout.num_experts, layout.num_examples)
 
 
-def example_noise(key: Keys, num_tokens: int, num_experts: int) -> Float[Array, "T E"]:
-    """Standard normal noise for T tokens of `key.size` examples; each example's noise depends on its own key only."""
-    per_example = (num_tokens // key.size, num_experts)
-    return jax.vmap(lambda one: jax.random.normal(one, per_example))(key).reshape(num_tokens, num_experts)
+def example_noise(
+    key: Keys, num_tokens: int, width: int, *, draw: Callable[..., Array] = jax.random.normal
+) -> Float[Array, "T X"]:
+    """Noise for T tokens of `key.size` examples, by default standard normal.
+
+    Each example's noise depends on its own key only.
+    """
+    per_example = (num_tokens // key.size, width)
+    return jax.vmap(lambda one: draw(one, per_example))(key).reshape(num_tokens, width)
 
 
 def best(scores_TE: Float[Array, "T E"], k: int) -> Int[Array, "T K"]:
     """Each token's k highest scores, best first; ties go to the lower index. No gradient."""
     return jax.lax.top_k(jax.lax.stop_gradient(scores_TE), k)[1]
+
+
+def check_expert_groups(k: int, num_experts: int, expert_groups: int, groups_per_token: int) -> None:
+    """Raises ValueError unless E experts form equal groups, and those that a token may use hold k experts."""
+    if not 1 <= groups_per_token <= expert_groups:
+        raise ValueError(
+            f"router.groups_per_token = {groups_per_token} must lie in 1..{expert_groups}, router.expert_groups."
+        )
+    if num_experts % expert_groups:
+        raise ValueError(f"router.expert_groups = {expert_groups} must divide the {num_experts} experts.")
+    within_reach = num_experts // expert_groups * groups_per_token
+    if k > within_reach:
+        raise ValueError(
+            f"router.k = {k} exceeds the {within_reach} experts of groups_per_token = {groups_per_token} among "
+            f"expert_groups = {expert_groups} groups: raise groups_per_token."
+        )
+
+
+def best_in_groups(
+    scores_TE: Float[Array, "T E"], k: int, expert_groups: int, groups_per_token: int, summed: int
+) -> Int[Array, "T K"]:
+    """`best`, limited to the token's best groups of neighbouring experts (DeepSeek-V2, 2405.04434, section 2.2.2).
+
+    A group is as good as the sum of its `summed` highest scores: 1 in DeepSeek-V2, 2 in DeepSeek-V3.
+    """
+    num_tokens, num_experts = scores_TE.shape
+    check_expert_groups(k, num_experts, expert_groups, groups_per_token)
+    if groups_per_token == expert_groups:
+        return best(scores_TE, k)
+    size = num_experts // expert_groups
+    by_group = jax.lax.stop_gradient(scores_TE).reshape(num_tokens, expert_groups, size)
+    group_scores = jnp.sum(jax.lax.top_k(by_group, min(summed, size))[0], axis=-1)
+    within_reach = multi_hot(best(group_scores, groups_per_token), expert_groups)
+    return best(jnp.where(jnp.repeat(within_reach, size, axis=1) > 0, scores_TE, -jnp.inf), k)
 
 
 def multi_hot(expert_TK: Int[Array, "T K"], num_experts: int) -> Float[Array, "T E"]:

@@ -1,12 +1,17 @@
 """The softmax router against the float64 oracle, and the properties that are its own."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe.routers import Softmax
+from moe.routers.base import example_noise
 from moe.types import RouterInputs
 from tests.oracles import routing as oracle
+from tests.oracles.token_choice import group_limited_choice
 from tests.routers.helpers import (
     EXAMPLES,
     EXPERTS,
@@ -22,7 +27,7 @@ from tests.routers.helpers import (
     with_and_without_padding,
 )
 
-WEIGHTS = {"importance_weight": 0.7, "balance_weight": 0.4, "z_weight": 0.05}
+WEIGHTS = {"importance_weight": 0.7, "balance_weight": 0.4, "z_weight": 0.05, "entropy_weight": 0.3}
 TRAINED = {
     "two choices": Softmax(k=2, noise=3.0, load_weight=0.3, **WEIGHTS),
     "renormalised, by priority": Softmax(
@@ -30,12 +35,20 @@ TRAINED = {
     ),
     "one choice, by priority, no noise": Softmax(k=1, noise=0.0, load_weight=0.0, batch_priority=True, **WEIGHTS),
 }
+# For six experts: the best of three groups of two would often hold only one of the best two experts.
+GROUPED = Softmax(k=2, noise=2.0, load_weight=0.3, expert_groups=3, groups_per_token=1, **WEIGHTS)
 
 
 def ask(router: Softmax, logits_TE: np.ndarray, noise_TE: np.ndarray | None) -> Expected:
-    std = router.noise / EXPERTS
+    std = router.noise / logits_TE.shape[1]
     added_TE = None if noise_TE is None else std * noise_TE
-    rows = oracle.softmax_router(logits_TE, router.k, added_TE, router.batch_priority)
+    if router.expert_groups > 1:
+        noisy_TE = logits_TE if added_TE is None else logits_TE + added_TE
+        groups = (router.expert_groups, router.groups_per_token)
+        selected_TE = group_limited_choice(oracle.softmax(noisy_TE), router.k, *groups, summed=1)
+        rows = oracle.queue(oracle.softmax(noisy_TE), selected_TE, router.k)
+    else:
+        rows = oracle.softmax_router(logits_TE, router.k, added_TE, router.batch_priority)
     if router.renormalize:
         total_T = oracle.dense_weights(rows, *logits_TE.shape).sum(axis=1)
         rows = rows._replace(weight=rows.weight / total_T[rows.token])
@@ -44,6 +57,7 @@ def ask(router: Softmax, logits_TE: np.ndarray, noise_TE: np.ndarray | None) -> 
         "importance": oracle.importance_loss(logits_TE),
         "balance": oracle.load_balancing_loss(oracle.softmax(logits_TE), selected_TE, router.k),
         "z": oracle.z_loss(logits_TE),
+        "entropy": oracle.mean_entropy(oracle.softmax(logits_TE)),
     }
     if added_TE is not None and router.noise:
         unweighted["load"] = oracle.load_loss(logits_TE, added_TE, router.k, std)
@@ -55,6 +69,34 @@ def ask(router: Softmax, logits_TE: np.ndarray, noise_TE: np.ndarray | None) -> 
 @pytest.mark.parametrize("name", TRAINED)
 def test_training_matches_the_oracle(name: str, mask_T: np.ndarray) -> None:
     assert_matches_oracle(TRAINED[name], ask, unbalanced_logits(), mask_T, example_keys())
+
+
+def test_group_limited_choice_matches_the_oracle() -> None:
+    logits_TE = unbalanced_logits(num_experts=6)
+    free = dataclasses.replace(GROUPED, expert_groups=1)
+    chosen, unlimited = (ask(router, logits_TE, None).rows.expert for router in (GROUPED, free))
+    assert (chosen != unlimited).any()  # the limit would not show otherwise
+    assert_matches_oracle(GROUPED, ask, logits_TE, np.ones(TOKENS, bool), example_keys())
+
+
+def test_jitter_multiplies_what_the_gate_reads() -> None:
+    """Rows and losses are those of (tokens × U[1 - .3, 1 + .3]) · gate; without a key there is none."""
+    router = Softmax(k=2, noise=0.0, jitter=0.3, load_weight=0.0, **WEIGHTS)
+    rng, keys = np.random.default_rng(0), example_keys()
+    tokens_TD, gate_DE = (rng.normal(size=shape).astype(np.float32) for shape in ((TOKENS, 7), (7, EXPERTS)))
+    inputs = RouterInputs(jnp.asarray(tokens_TD @ gate_DE), tokens=jnp.asarray(tokens_TD), gate=jnp.asarray(gate_DE))
+    got, weights_TE1 = route(router, {}, inputs, {}, keys)
+
+    own_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
+    uniform_TD = np.asarray(example_noise(own_keys, TOKENS, 7, draw=jax.random.uniform), np.float64)
+    assert uniform_TD.min() < 0.1 < 0.9 < uniform_TD.max()
+    expected = ask(router, (tokens_TD * (0.7 + 0.6 * uniform_TD)) @ gate_DE.astype(np.float64), None)
+    wanted_TE = oracle.dense_weights(expected.rows, TOKENS, EXPERTS)
+    np.testing.assert_allclose(weights_TE1[..., 0], wanted_TE, rtol=1e-4, atol=1e-6)
+    for name, loss in expected.losses.items():
+        np.testing.assert_allclose(got.losses[name], loss, rtol=1e-4, err_msg=name)
+    still = route(router, {}, inputs, {}, None)[1]
+    assert np.abs(still[..., 0] - wanted_TE).max() > 0.01
 
 
 def test_evaluation_matches_the_oracle_without_noise_or_load_loss() -> None:
@@ -88,5 +130,16 @@ def test_the_second_choice_is_the_better_one_where_its_probability_underflows() 
 def test_settings_that_contradict_are_refused() -> None:
     with pytest.raises(ValueError, match=r"noise = -1.0 must not be negative"):
         Softmax(noise=-1.0)
+    with pytest.raises(ValueError, match=r"jitter = 1.0 must lie in \[0, 1\)"):
+        Softmax(jitter=1.0)
+    with pytest.raises(ValueError, match=r"jitter = 0.1 .* give tokens and gate"):
+        route(Softmax(jitter=0.1), {}, RouterInputs(unbalanced_logits()), {}, example_keys())
+    for changes, sentence in (
+        ({"expert_groups": 2, "groups_per_token": 3}, r"groups_per_token = 3 must lie in 1\.\.2"),
+        ({"expert_groups": 3}, r"expert_groups = 3 must divide the 8 experts"),
+        ({"expert_groups": 4, "k": 3}, r"k = 3 exceeds the 2 experts of groups_per_token = 1 among"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            Softmax(**changes).init(8)
     with pytest.raises(ValueError, match=r"load_weight = 0.2 needs noise > 0: set noise, or load_weight = 0"):
         Softmax(noise=0.0, load_weight=0.2)
