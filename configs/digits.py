@@ -84,6 +84,14 @@ def get_config() -> ml_collections.ConfigDict:
             "importance_weight": 0.0,
             "z_weight": 0.0,
         },
+        "sigmoid": {
+            "bias_rate": 1e-3,
+            "renormalize": True,
+            "routed_scaling": 1.0,
+            "expert_groups": 1,
+            "groups_per_token": 1,
+            "sequence_weight": 1e-4,
+        },
     }
     config.optimizer = {
         "learning_rate": 2e-3,

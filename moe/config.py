@@ -184,7 +184,7 @@ def _construct(kind: Any, values: dict[str, Any], path: str) -> Any:
 
 
 def _choose(options: Mapping[str, Any], table: Any, path: str) -> Any:
-    """The option that table["name"] names, from its own table and from the fields that all options share."""
+    """The option that table["name"] names, from its own table and from the fields beside it that options share."""
     if not isinstance(table, Mapping) or "name" not in table:
         raise ValueError(f"config field '{_join(path, 'name')}' is missing: it must be one of {', '.join(options)}.")
     name = table["name"]
@@ -192,13 +192,19 @@ def _choose(options: Mapping[str, Any], table: Any, path: str) -> Any:
         close = difflib.get_close_matches(str(name), list(options), n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
         raise ValueError(f"unknown {path} '{name}': it must be one of {', '.join(options)}.{hint}")
-    shared = {key: value for key, value in table.items() if key != "name" and key not in options}
+    # A field that only others share (k, where the router is one of all experts) does as little harm as their tables.
+    others = {field for option in options.values() for field in _field_names(option)} - _field_names(options[name])
+    shared = {key: value for key, value in table.items() if key not in {"name", *options, *others}}
     own = table.get(name, {})
     twice = shared.keys() & own.keys()
     if twice:
         raise ValueError(f"config field '{min(twice)}' stands both in {path} and in {path}.{name}: keep one.")
     kind = options[name]
     return _construct(kind, {**_values(kind, shared, path), **_values(kind, own, _join(path, name))}, path)
+
+
+def _field_names(kind: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
 
 
 def _join(path: str, name: str) -> str:

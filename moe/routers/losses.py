@@ -59,6 +59,19 @@ def load_balancing(
     return num_experts / k * jnp.sum(token_mean(choice_TE, mask_T) * token_mean(probs_TE, mask_T))
 
 
+def load_balancing_by_example(
+    probs_TE: Float[Array, "T E"],
+    choice_TE: Float[Array, "T E"],
+    k: int,
+    mask_T: Bool[Array, "T"],
+    num_examples: int,
+) -> Float[Array, ""]:
+    """DeepSeek-V3 (2412.19437) eq. 17: `load_balancing` of each example, averaged over those that aren't padding."""
+    by_example = tuple(x.reshape(num_examples, -1, *x.shape[1:]) for x in (probs_TE, choice_TE, mask_T))
+    loss_B = jax.vmap(lambda probs, choice, mask: load_balancing(probs, choice, k, mask))(*by_example)
+    return token_mean(loss_B, jnp.any(by_example[2], axis=1))
+
+
 def z(logits_TE: Float[Array, "T E"], mask_T: Bool[Array, "T"]) -> Float[Array, ""]:
     """ST-MoE (2202.08906) eq. 5: mean over tokens of log(Σ_e exp(logit_e))²."""
     return token_mean(jnp.square(jax.nn.logsumexp(logits_TE, axis=-1)), mask_T)

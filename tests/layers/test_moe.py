@@ -16,7 +16,7 @@ from moe.ops.permute import capacity
 from moe.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from moe.routers import ROUTERS, Router, Softmax, SparseTopK, SuccessiveHalving
 from moe.routers.base import answer, example_noise, given, no_variables, one_logit_per_expert, queue
-from moe.types import Assignments, Keys, PyTree, Routed, RouterInputs, Slots
+from moe.types import Assignments, Keys, Layout, PyTree, Routed, RouterInputs, Slots
 from tests.layers.helpers import (
     CONFIG,
     EXAMPLES,
@@ -50,6 +50,13 @@ KNOWN: dict[str, Router] = {
 ALL = {name: KNOWN.get(name) or router() for name, router in ROUTERS.items()}
 every_router = pytest.mark.parametrize("name", ALL)
 known_router = pytest.mark.parametrize("name", KNOWN)
+# What k = E makes of the logits, where that isn't their softmax.
+ALL_EXPERTS = {"sigmoid": lambda logits_TE: oracle.sigmoid(logits_TE) / oracle.sigmoid(logits_TE).sum(1, keepdims=True)}
+
+
+def with_k(router: Any, k: int) -> Router:
+    """The router with k experts per token, where that is a setting."""
+    return dataclasses.replace(router, k=k) if "k" in {field.name for field in dataclasses.fields(router)} else router
 
 
 def route_known(router: Any, logits_TE: np.ndarray, noise_TE: np.ndarray | None) -> tuple[oracle.Rows, float]:
@@ -132,8 +139,9 @@ def routed_groups(layer: Moe, x: np.ndarray, keys: Keys | None) -> list[Assignme
     logits_GTE = jnp.asarray(x.reshape(GROUPS, TOKENS, WIDTH) @ np.asarray(layer.w_gate[...]))
     keys_G = [None] * GROUPS if keys is None else list(keys.reshape(GROUPS, GROUP))
     params, state = layer.router.init(EXPERTS)
+    ids_T, mask_T, layout = jnp.arange(TOKENS) % LENGTH, jnp.ones(TOKENS, bool), Layout(EXPERTS, GROUP)
     inputs = [
-        RouterInputs(logits_TE, tokens=jnp.asarray(x_TD), mask=jnp.ones(TOKENS, bool))
+        RouterInputs(logits_TE, jnp.asarray(x_TD), ids_T, mask_T, layer.w_gate[...], layout)
         for logits_TE, x_TD in zip(logits_GTE, x.reshape(GROUPS, TOKENS, WIDTH), strict=True)
     ]
     route = jax.jit(layer.router, compiler_options=COMPILER_OPTIONS)
@@ -182,7 +190,7 @@ def test_permuting_experts_changes_nothing_observable(name: str) -> None:
 @every_router
 def test_one_expert_is_the_dense_network(name: str) -> None:
     """Value and gradient, in training; nothing is dropped, whatever the capacity says."""
-    router = dataclasses.replace(ROUTERS[name](), k=1)
+    router = with_k(ROUTERS[name](), 1)
     layer = make_layer(router, dataclasses.replace(CONFIG, num_experts=1, capacity_factor=1.0), activation="gelu")
     dense = Mlp(WIDTH, HIDDEN, "gelu", key=jax.random.key(0))
     for matrix, weight in dense.weights.items():
@@ -207,11 +215,12 @@ def test_one_expert_is_the_dense_network(name: str) -> None:
 
 @every_router
 def test_all_experts_are_the_full_mixture(name: str) -> None:
-    """k = E: y = Σ softmax(logits)_e expert_e(x) over all experts."""
-    layer, x = make_layer(dataclasses.replace(ROUTERS[name](), k=EXPERTS)), make_tokens()
+    """k = E: y = Σ weight_e expert_e(x) over all experts; for most routers the weights are softmax(logits)."""
+    layer, x = make_layer(with_k(ROUTERS[name](), EXPERTS)), make_tokens()
     got, weights = run(layer, x), Weights.of(layer, x)
     for g, x_TD in enumerate(weights.x_GTD):
-        expected = oracle.mixture(x_TD, oracle.softmax(x_TD @ weights.gate_DE), weights.experts, oracle.silu)
+        weights_TE = ALL_EXPERTS.get(name, oracle.softmax)(x_TD @ weights.gate_DE)
+        expected = oracle.mixture(x_TD, weights_TE, weights.experts, oracle.silu)
         y_TD = got.output.y[g * GROUP : (g + 1) * GROUP].reshape(TOKENS, WIDTH)
         np.testing.assert_allclose(y_TD, expected, rtol=1e-4, atol=1e-5)
     assert got.output.metrics["experts_per_token"] == EXPERTS

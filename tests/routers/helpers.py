@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from moe.routers import Router
 from moe.routers.base import example_noise
-from moe.types import Assignments, Keys, PyTree, Routed, RouterInputs, Slots
+from moe.types import Assignments, Keys, Layout, PyTree, Routed, RouterInputs, Slots
 from tests.oracles import operators
 from tests.oracles import routing as oracle
 
@@ -104,15 +104,25 @@ class Expected(NamedTuple):
 
 
 def assert_matches_oracle(
-    router: Any, ask: Any, logits_TE: np.ndarray, mask_T: Bool[np.ndarray, "T"], keys: Keys | None
+    router: Any,
+    ask: Any,
+    logits_TE: np.ndarray,
+    mask_T: Bool[np.ndarray, "T"],
+    keys: Keys | None,
+    *,
+    num_examples: int = 1,
+    ids_T: np.ndarray | None = None,
+    state: PyTree | None = None,
 ) -> None:
     """Rows, losses, metrics and gradient of one group are those of `ask(router, logits, noise)` without the padding.
 
     `noise` is standard normal, or None in evaluation. The oracle's gradient is taken by central differences.
     """
     readout_TE = readout_for(logits_TE)
-    inputs = RouterInputs(jnp.asarray(logits_TE), mask=jnp.asarray(mask_T))
-    got = run(router, {}, inputs, {}, keys, readout_TE)
+    ids = None if ids_T is None else jnp.asarray(ids_T)
+    layout = Layout(logits_TE.shape[1], num_examples)
+    inputs = RouterInputs(jnp.asarray(logits_TE), ids=ids, mask=jnp.asarray(mask_T), layout=layout)
+    got = run(router, {}, inputs, {} if state is None else state, keys, readout_TE)
     real_T = np.flatnonzero(mask_T)
     noise_TE = None if keys is None else np.asarray(example_noise(keys, *logits_TE.shape), np.float64)[real_T]
     expected: Expected = ask(router, logits_TE[real_T], noise_TE)
