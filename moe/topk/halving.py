@@ -131,13 +131,12 @@ def _play(scores: Float[Array, "*b n"], k: int, weights: PairWeights) -> tuple[S
     n = scores.shape[-1]
     scores = scores.astype(compute_dtype(scores))
     rounds = []
-    for number, size in enumerate(_round_sizes(n, k)):
+    for size in _round_sizes(n, k):
         order = descending_order(scores)
         ranked = _take(scores, order)
         byes = 2 * size - ranked.shape[-1]
         seeded, strong, weak = ranked[..., :byes], ranked[..., byes:size], ranked[..., size:][..., ::-1]
-        log_odds = weights.log_odds(strong, weak, Round(number, 2 * size))
-        share, rest = jax.nn.sigmoid(log_odds), jax.nn.sigmoid(-log_odds)
+        share, rest = weights.shares(strong, weak, Round(inputs=n, entrants=ranked.shape[-1]))
         scores = jnp.concatenate([seeded, share * strong + rest * weak], axis=-1)
         share = jnp.concatenate([jnp.ones_like(seeded), share], axis=-1)
         rest = jnp.concatenate([jnp.zeros_like(seeded), rest], axis=-1)

@@ -1,13 +1,10 @@
-"""How the two candidates of a pair share one row in a round of successive halving.
-
-All of them are softmaxes over the pair, so each is given by its log odds: the stronger candidate's weight is
-sigmoid(log_odds), the weaker one's sigmoid(-log_odds).
-"""
+"""How the two candidates of a pair share one row in a round of successive halving."""
 
 import dataclasses
 import math
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -15,25 +12,23 @@ from moe.isotonic.checks import require
 
 # b^v grows past e^20 only where the smallest difference of two float32 scores already saturates their weights.
 _MAX_LOG_BOOST = 20.0
-# sigmoid(2 sinh 5) is 1, in float64 too; further out the slope would overflow and meet the sigmoid's 0.
-_MAX_SINH = 5.0
 
 
 class Round(NamedTuple):
-    """One round: its number, from 0, and how many candidates enter it, fillers of the first round included."""
+    """One round: how many candidates there were before the first, and how many enter this one."""
 
-    number: int
+    inputs: int
     entrants: int
 
 
 @runtime_checkable
 class PairWeights(Protocol):
-    """Log odds of the stronger candidate of every pair in a round, from finite scores with strong >= weak."""
+    """The weights of every pair in a round, from finite scores with strong >= weak."""
 
-    def log_odds(
+    def shares(
         self, strong: Float[Array, "*b m"], weak: Float[Array, "*b m"], this_round: Round
-    ) -> Float[Array, "*b m"]:
-        """0 for equal scores, growing with the difference."""
+    ) -> tuple[Float[Array, "*b m"], Float[Array, "*b m"]]:
+        """The weights of the stronger and of the weaker: 1/2 for equal scores; their sum is 1."""
         ...
 
 
@@ -46,13 +41,13 @@ class BoostedSoftmax:
     def __post_init__(self) -> None:
         require(self.base > 1, "base", self.base, "greater than 1")
 
-    def log_odds(
+    def shares(
         self, strong: Float[Array, "*b m"], weak: Float[Array, "*b m"], this_round: Round
-    ) -> Float[Array, "*b m"]:
-        """base^strong - base^weak, factored so that neither close nor large scores lose the difference."""
+    ) -> tuple[Float[Array, "*b m"], Float[Array, "*b m"]]:
+        """From base^strong - base^weak, factored so that neither close nor large scores lose the difference."""
         log_base = math.log(self.base)
         boost = jnp.exp(jnp.minimum(log_base * strong, _MAX_LOG_BOOST))
-        return -boost * jnp.expm1(log_base * (weak - strong))
+        return _softmax_of_pair(-boost * jnp.expm1(log_base * (weak - strong)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +59,11 @@ class BoostedNormalised:
     def __post_init__(self) -> None:
         require(self.base > 1, "base", self.base, "greater than 1")
 
-    def log_odds(
+    def shares(
         self, strong: Float[Array, "*b m"], weak: Float[Array, "*b m"], this_round: Round
-    ) -> Float[Array, "*b m"]:
-        """log(base) (strong - weak)."""
-        return math.log(self.base) * (strong - weak)
+    ) -> tuple[Float[Array, "*b m"], Float[Array, "*b m"]]:
+        """From log(base) (strong - weak)."""
+        return _softmax_of_pair(math.log(self.base) * (strong - weak))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,33 +75,49 @@ class Softmax:
     def __post_init__(self) -> None:
         require(self.sharpness > 0, "sharpness", self.sharpness, "positive")
 
-    def log_odds(
+    def shares(
         self, strong: Float[Array, "*b m"], weak: Float[Array, "*b m"], this_round: Round
-    ) -> Float[Array, "*b m"]:
-        """sharpness (strong - weak)."""
-        return self.sharpness * (strong - weak)
+    ) -> tuple[Float[Array, "*b m"], Float[Array, "*b m"]]:
+        """From sharpness (strong - weak)."""
+        return _softmax_of_pair(self.sharpness * (strong - weak))
 
 
 @dataclasses.dataclass(frozen=True)
 class CentredBoost:
-    """softmax(base^(u/2), base^(-u/2)), u the difference of the scores in units of the round's spread.
+    """(1 + g(u)) / 2 and (1 - g(u)) / 2, with u the difference of the scores over the difference that decides a pair.
 
-    Every round keeps about the better half, so scores that are spread evenly over (0, 1] span half as much after it,
-    and weights that depend on the bare difference tend to 1/2 as rounds go on: the operator degrades as n/k grows. Here
-    u = 2^round (strong - weak) h / (h + 1), with h pairs in the round, is of order one in every round; the last factor
-    allows for the larger part of the span that lies between neighbours where they are few. Only differences of scores
-    matter, not their level. Exponential in u, the log odds leave close pairs undecided, which keeps their gradient.
+    Every round keeps about the better half, so n scores that are spread evenly over (0, 1) lie 1/n apart in the last
+    round as in the first, and weights that depend on the bare difference tend to 1/2 as n/k grows. Here differences
+    count in units of 1/n, which for even scores is in ranks, and `ranks` + `field` · m of them decide a pair among m
+    candidates. Pairs are 1, 3, ..., m-1 ranks apart on average, so a share `field` of them stays open in a large round;
+    `ranks` is for small ones, where all hangs on a pair or two and the distance of neighbours varies as much as it
+    measures. Only differences of scores matter, not their level.
+
+    g(u) = u ((1 + linear^2) / (u^2 + linear^2))^(1/4) up to u = 1, and 1 from there on: linear in u up to about
+    `linear`, then its square root. A row's cosine with its winner suffers from weights near 1/2 far more than from
+    weights near 1, so g climbs fast at first; the rest of the climb is stretched over all differences that the round
+    leaves open, and there the gradient is. A decided pair has none.
     """
 
-    base: float = 1e6
+    ranks: float = 0.875
+    field: float = 0.125
+    linear: float = 0.2
 
     def __post_init__(self) -> None:
-        require(self.base > 1, "base", self.base, "greater than 1")
+        for name in ("ranks", "field", "linear"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "positive")
 
-    def log_odds(
+    def shares(
         self, strong: Float[Array, "*b m"], weak: Float[Array, "*b m"], this_round: Round
-    ) -> Float[Array, "*b m"]:
-        """base^(u/2) - base^(-u/2)."""
-        pairs = this_round.entrants // 2
-        half = 0.5 * math.log(self.base) * 2.0**this_round.number * pairs / (pairs + 1)
-        return 2 * jnp.sinh(jnp.minimum(half * (strong - weak), _MAX_SINH))
+    ) -> tuple[Float[Array, "*b m"], Float[Array, "*b m"]]:
+        """(1 + g(u)) / 2 and (1 - g(u)) / 2."""
+        deciding = (self.ranks + self.field * this_round.entrants) / this_round.inputs
+        u = jnp.minimum((strong - weak) / deciding, 1.0)
+        bend = self.linear**2
+        half = 0.5 * u * ((1 + bend) / (u * u + bend)) ** 0.25
+        return 0.5 + half, 0.5 - half
+
+
+def _softmax_of_pair(log_odds: Float[Array, "*b m"]) -> tuple[Float[Array, "*b m"], Float[Array, "*b m"]]:
+    """Both weights, the smaller one without the rounding error of a difference from 1."""
+    return jax.nn.sigmoid(log_odds), jax.nn.sigmoid(-log_odds)
