@@ -19,7 +19,7 @@ from moe.layers.moe import MoeConfig
 from moe.models import ViTConfig
 from moe.optim import OptimizerConfig
 from moe.parallel.mesh import MeshConfig, make_mesh
-from moe.routers import ROUTERS, Router, Softmax
+from moe.routers import ROUTERS, Router, Sigmoid, Softmax
 
 BATCH = 16
 MODEL = ViTConfig(width=16, depth=2, heads=2, mlp_width=16, moe_every=1, patch_size=4)
@@ -187,6 +187,26 @@ def test_groups_larger_than_a_device_share_give_the_same_numbers() -> None:
         actual = run(dataclasses.replace(config, mesh=mesh))
         assert_same(actual["gradient"], expected["gradient"])
         assert_same(actual["metrics"], expected["metrics"])
+
+
+def test_the_state_of_a_router_lives_from_step_to_step() -> None:
+    """A first step leaves the load that it saw; a second one turns it into a bias of ± the rate, in every layer."""
+    config = dataclasses.replace(one_device("softmax"), router=Sigmoid(k=2, bias_rate=0.25))
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    step = train.make_step(config, mesh)
+    state, batch = step.init(jax.random.key(0)), train.to_devices(make_batch(), ("image", "label"), mesh)
+    seen = []
+    for _ in range(2):
+        state, _ = step.train(state, batch)
+        seen.append(state.variables.router_state["blocks"]["periods"]["blocks"][0]["f"]["router_state"])
+        seen[-1] = jax.device_get(seen[-1])
+    first, second = seen
+    np.testing.assert_array_equal(first["bias"], 0)
+    load = first["load"]
+    assert load.shape == (MODEL.depth, config.moe.num_experts)
+    np.testing.assert_allclose(load.sum(axis=1), 2, rtol=1e-5)
+    np.testing.assert_array_equal(second["bias"], 0.25 * np.sign(load.mean(axis=1, keepdims=True) - load))
+    assert (second["bias"] != 0).any(axis=1).all()
 
 
 def test_router_losses_reach_the_gate_of_every_layer() -> None:

@@ -29,7 +29,8 @@ class Model(NamedTuple):
     """A model as pure functions.
 
     init(key): fresh variables. axes: the logical axes of every variable, in the same trees.
-    apply(variables, inputs, keys=…, mesh=…, mask=…): the module's own call.
+    apply(variables, inputs, keys=…, mesh=…, mask=…): the module's own call, but the new state of the routers comes back
+        as the tree that `variables.router_state` is.
     """
 
     init: Callable[[jax.Array], Variables]
@@ -52,7 +53,10 @@ def make_model(config: ViTConfig, moe: MoeConfig, router: Router) -> Model:
         return Variables(*(nnx.to_pure_dict(state) for state in split(build(key))[1:]))
 
     def apply(variables: Variables, *args: Any, **kwargs: Any) -> ModelOutput:
-        return nnx.merge(graph, *(nnx.State(tree) for tree in variables))(*args, **kwargs)
+        output = nnx.merge(graph, *(nnx.State(tree) for tree in variables))(*args, **kwargs)
+        # A period has one router and all periods are stacked, so both trees have the same leaves in the same order.
+        leaves, structure = jax.tree.leaves(output.routers.state), jax.tree.structure(variables.router_state)
+        return output._replace(routers=output.routers._replace(state=jax.tree.unflatten(structure, leaves)))
 
     return Model(init, Variables(*(_axes(state) for state in abstract)), apply)
 
