@@ -92,6 +92,12 @@ def get_config() -> ml_collections.ConfigDict:
             "groups_per_token": 1,
             "sequence_weight": 1e-4,
         },
+        "expert_choice": {"z_weight": 0.0},
+        # As many slots as the 128 tokens of a group.
+        "soft": {"slots": 16, "normalize": False},
+        "hash": {"seed": 0},
+        "random": {"seed": 0},
+        "dense": {"z_weight": 0.0},
     }
     config.optimizer = {
         "learning_rate": 2e-3,

@@ -1,16 +1,37 @@
 """Routers: pure functions from logits to a routing, one file per family, chosen by name."""
 
 from moe.routers.base import Router
+from moe.routers.dense import Dense
+from moe.routers.expert_choice import ExpertChoice
 from moe.routers.sigmoid import Sigmoid
+from moe.routers.soft import Soft
 from moe.routers.softmax import Softmax
 from moe.routers.sparse_topk import SparseTopK
 from moe.routers.successive_halving import SuccessiveHalving
+from moe.routers.unlearned import Hash, Random
 
 ROUTERS: dict[str, type[Router]] = {
     "softmax": Softmax,
     "sparse_topk": SparseTopK,
     "successive_halving": SuccessiveHalving,
     "sigmoid": Sigmoid,
+    "expert_choice": ExpertChoice,
+    "soft": Soft,
+    "hash": Hash,
+    "random": Random,
+    "dense": Dense,
 }
 
-__all__ = ["ROUTERS", "Router", "Sigmoid", "Softmax", "SparseTopK", "SuccessiveHalving"]
+__all__ = [
+    "ROUTERS",
+    "Dense",
+    "ExpertChoice",
+    "Hash",
+    "Random",
+    "Router",
+    "Sigmoid",
+    "Soft",
+    "Softmax",
+    "SparseTopK",
+    "SuccessiveHalving",
+]

@@ -28,6 +28,11 @@ with_and_without_padding = pytest.mark.parametrize(
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 
 
+# Where who gets which expert doesn't follow the logits, or where one token's experts depend on its neighbours.
+WITHOUT_LOGITS = {"hash", "random"}
+ACROSS_TOKENS = {"expert_choice", "soft"}
+
+
 class Run(NamedTuple):
     """What a router returned, the gradient of its losses + Σ readout × weights in the logits, and that of its state."""
 
