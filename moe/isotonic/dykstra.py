@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moe.isotonic import pnorm, ranked
 from moe.isotonic.checks import require
 from moe.isotonic.implementation import Bound, Crossing, check_implementation, choose, refusal
-from moe.isotonic.layout import over_columns, vary_like
+from moe.isotonic.layout import finite, over_columns, vary_like
 from moe.isotonic.problem import Problem, as_problem, from_columns
 from moe.types import Solution
 
@@ -52,7 +52,9 @@ class Dykstra:
     def topk(
         self, x: Float[Array, "*b n"], k: Any, *, strength: Float[Array, ""], p: float, magnitude: bool = False
     ) -> Crossing:
-        """Find tau on unsorted finite values (x >= 0 for magnitude); k is static or traced. NaN where x has a NaN."""
+        """Find tau on unsorted values (x >= 0 for magnitude), infinities acting as the largest numbers; NaN where x has
+        a NaN. k is static or traced.
+        """
         kernel = Bound(_by_kernel, (("k", k), ("steps", self.steps)))
         reference = Bound(ranked.topk, (("solver", self), ("k", k), ("p", p), ("magnitude", magnitude)))
         refused = refusal(x, k, p, (1,), magnitude)
@@ -89,7 +91,7 @@ def _by_kernel(x: Float[Array, "*b n"], strength: Float[Array, ""], *, k: int, s
     """The TPU kernel, imported where it is wanted."""
     from moe.isotonic.kernels import dykstra
 
-    return dykstra.crossing(x, strength, k=k, steps=steps)
+    return dykstra.crossing(finite(x), strength, k=k, steps=steps)
 
 
 class _State(NamedTuple):

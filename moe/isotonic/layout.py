@@ -1,7 +1,7 @@
 """Where entries and problems lie in memory, chosen per platform: the same arithmetic, several times the speed."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +18,53 @@ _BLOCK_PROBLEMS = 1024
 # as many devices and no block needs what another device holds.
 _PARTS = 8
 
-Solve = Callable[[Array, tuple[int, ...], Any, Array], Any]
+
+@runtime_checkable
+class Fence(Protocol):
+    """fence(function, *arguments) is function(*arguments), kept apart from what comes before and after it.
+
+    XLA on CPU merges elementwise operations into those that use them, once for each use: where every result depends on
+    all results before it, that takes exponential time. `lax.optimization_barrier` does not stop the older jaxlib.
+    """
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any: ...
+
+
+Solve = Callable[[Array, tuple[int, ...], Any, Array, Fence], Any]
+
+
+def no_fence(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Where compilers merge no more than they can share."""
+    return function(*arguments)
+
+
+def _fence_in_loop(index: Array) -> Fence:
+    """A branch always taken, as the index of the loop around it is never negative; but XLA does not know that."""
+
+    def fence(function: Callable[..., Any], *arguments: Any) -> Any:
+        def never(*arguments: Any) -> Any:
+            shapes = jax.eval_shape(function, *arguments)
+            zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+            return vary_like(zeros, jax.tree.leaves(arguments)[0])
+
+        return lax.cond(index >= 0, function, never, *arguments)
+
+    return fence
 
 
 def over_problems(solve: Solve, x: Float[Array, "*b n"], k: Any, strength: Float[Array, ""]) -> Any:
-    """Call `solve(entries, axes, k, strength)` with entries of shape [a, n, c], whose `axes` hold one problem's
+    """Call `solve(entries, axes, k, strength, fence)` with entries of shape [a, n, c], whose `axes` hold one problem's
     entries.
 
     solve returns a pytree of arrays of the entries' shape with 1 in place of `axes`; they come back in shape *b.
-    Padding entries are -inf, padding problems 0.
+    Infinities act as the largest numbers. Padding entries are -inf, padding problems 0.
     """
     *batch, n = x.shape
     rows = x.reshape(-1, n)
     if n > _LONG:
         lanes = _LONG_LANES
-        padded = jnp.pad(rows, ((0, 0), (0, -n % lanes)), constant_values=-jnp.inf)
-        result = solve(padded.reshape(rows.shape[0], -1, lanes), (1, 2), k, strength)
+        padded = jnp.pad(finite(rows), ((0, 0), (0, -n % lanes)), constant_values=-jnp.inf)
+        result = solve(padded.reshape(rows.shape[0], -1, lanes), (1, 2), k, strength, no_fence)
     elif isinstance(k, int):
         result = lax.platform_dependent(
             rows,
@@ -65,7 +96,7 @@ def vary_like(values: Any, like: Array) -> Any:
 
 def _at_once(solve: Solve, rows: Float[Array, "T n"], k: Any, strength: Float[Array, ""]) -> Any:
     """All problems in one array, entries along the minor axis as they lie."""
-    return jax.tree.map(lambda a: a.reshape(-1), solve(rows[..., None], (1,), k, strength))
+    return jax.tree.map(lambda a: a.reshape(-1), solve(finite(rows)[..., None], (1,), k, strength, no_fence))
 
 
 def _in_blocks(solve: Solve, rows: Float[Array, "T n"], k: Any, strength: Float[Array, ""]) -> Any:
@@ -76,11 +107,21 @@ def _in_blocks(solve: Solve, rows: Float[Array, "T n"], k: Any, strength: Float[
     blocks = padded.reshape(parts, -1, width, n)
 
     def one(index: Array) -> Any:
+        fence = _fence_in_loop(index)
         block = lax.dynamic_index_in_dim(blocks, index, axis=1, keepdims=False)
-        return solve(jnp.swapaxes(block, 1, 2), (1,), k, strength)
+        # Merged with other operations, or left to a layout (as without the leading axis), the transpose would be read
+        # with a stride in every pass.
+        entries = fence(lambda rows: rows.T[None], fence(lambda block: finite(block).reshape(-1, n), block))
+        return jax.tree.map(lambda a: a.reshape(parts, width), solve(entries, (1,), k, strength, fence))
 
     result = lax.map(one, jnp.arange(blocks.shape[1]))
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(parts, -1)[:, :each].reshape(-1), result)
+
+
+def finite(entries: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """Infinities as the largest numbers of their sign. Where entries are first read, this takes no pass of its own."""
+    largest = jnp.finfo(entries.dtype).max
+    return jnp.clip(entries, -largest, largest)
 
 
 def over_columns(solve: Callable[..., Any], *columns: Float[Array, "n T"]) -> Any:

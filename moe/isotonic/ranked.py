@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from moe.isotonic import pnorm
 from moe.isotonic.implementation import Crossing
+from moe.isotonic.layout import finite
 
 
 def topk(
@@ -20,8 +21,9 @@ def topk(
 ) -> Crossing:
     """The threshold of every problem along the last axis, by `solver.solve`; NaN where x has one.
 
-    x: finite, and >= 0 for the magnitude.
+    Infinities act as the largest numbers; x >= 0 for the magnitude.
     """
+    x = finite(x)
     ranked = jnp.flip(jnp.sort(x, axis=-1), axis=-1)
     w = (jnp.arange(x.shape[-1]) < k).astype(x.dtype)
     index = jnp.asarray(k) - 1

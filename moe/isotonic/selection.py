@@ -1,62 +1,63 @@
-"""The k-th largest of many entries without sorting them: the point that top-k values are centred on."""
+"""The k-th largest of many entries without sorting them all: the point that top-k values are centred on."""
 
-import math
-from collections.abc import Iterable
+import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from moe.isotonic.layout import vary_like
+from moe.isotonic import networks
+from moe.isotonic.layout import Fence, vary_like
 
-# Below this many minimum/maximum operations per entry, keeping the k largest so far beats counting bit by bit.
-_MAX_INSERTIONS = 24
-# Insertion is unrolled: beyond this it would only make the program long.
-_MAX_UNROLLED = 1024
+# Entries that one network of comparators selects from; more are cut into groups of this many.
+_WIRES = 32
+# A group keeps at most this many; if more are wanted, counting bit by bit is no slower.
+_MAX_KEPT = _WIRES // 2
+# Comparators between two stores. Fewer write more; more compute what several outputs share once for each of them.
+_LAYERS_AT_ONCE = 2
 
 
-def kth_largest(entries: Float[Array, "a n c"], k: Any, axes: tuple[int, ...]) -> Float[Array, "#a 1 #c"]:
+def kth_largest(entries: Float[Array, "a n c"], k: Any, axes: tuple[int, ...], fence: Fence) -> Float[Array, "#a 1 #c"]:
     """The k-th largest over `axes`, (1,) or (1, 2); ties count each. k is static or traced. NaN where an entry is."""
     n = entries.shape[1]
-    if axes == (1,) and isinstance(k, int) and min(k, n - k + 1) <= _MAX_INSERTIONS and n <= _MAX_UNROLLED:
-        return _by_insertion(entries, k)
+    if axes == (1,) and isinstance(k, int):
+        if n <= _WIRES or k <= _MAX_KEPT:
+            return _by_networks(entries, k, fence)
+        if n - k < _MAX_KEPT:
+            return -_by_networks(-entries, n - k + 1, fence)
     poison = jnp.any(jnp.isnan(entries), axis=axes, keepdims=True)
     return jnp.where(poison, jnp.nan, _by_counting(entries, k, axes))
 
 
-def _by_insertion(entries: Float[Array, "a n c"], k: int) -> Float[Array, "a 1 c"]:
-    """Keep the k largest so far in order (or the n-k+1 smallest, if those are fewer); linear in n k.
-
-    First in groups side by side, then among what the groups have kept: all is unrolled, and so the program stays short.
-    """
-    a, n, c = entries.shape
-    from_above = k <= n - k + 1
-    count = k if from_above else n - k + 1
-    rows = min(n, max(8, math.isqrt(n * count)))
-    padding = ((0, 0), (0, -n % rows), (0, 0))
-    padded = jnp.pad(entries, padding, constant_values=-jnp.inf if from_above else jnp.inf)
-    grouped = padded.reshape(a, rows, -1, c)
-    # Without the barriers, every use of a value would compute all that leads to it once more.
-    grouped = lax.optimization_barrier(grouped)
-    kept = lax.optimization_barrier(_insert([grouped[:, i] for i in range(rows)], count, from_above))
-    if grouped.shape[2] == 1:
-        return kept[-1]
-    survivors = [group[:, g : g + 1] for group in kept for g in range(grouped.shape[2])]
-    return _insert(survivors, count, from_above)[-1]
+def _by_networks(entries: Float[Array, "a n c"], k: int, fence: Fence) -> Float[Array, "a 1 c"]:
+    """Selection networks, each over one group of entries and all groups at once; then again among what they keep."""
+    while entries.shape[1] > _WIRES:
+        a, n, c = entries.shape
+        padded = jnp.pad(entries, ((0, 0), (0, -n % _WIRES), (0, 0)), constant_values=-jnp.inf)
+        groups = padded.reshape(a, _WIRES, -1, c)
+        entries = jnp.concatenate(_largest([groups[:, i] for i in range(_WIRES)], k, fence), axis=1)
+    return _largest([entries[:, i : i + 1] for i in range(entries.shape[1])], k, fence)[-1]
 
 
-def _insert(values: Iterable[Array], count: int, from_above: bool) -> list[Array]:
-    """The `count` outermost values, elementwise, in order. A NaN survives every comparison, and replaces them all."""
-    outer, inner = (jnp.maximum, jnp.minimum) if from_above else (jnp.minimum, jnp.maximum)
-    kept: list[Array] = []
-    for value in values:
-        updated = []
-        for other in kept:
-            updated.append(outer(other, value))
-            value = inner(other, value)
-        kept = [*updated, value][:count]
-    return kept
+def _largest(values: Sequence[Array], k: int, fence: Fence) -> list[Array]:
+    """The k largest values, elementwise, the k-th last. A NaN survives every comparison, and reaches the k-th."""
+    network = networks.select(len(values), k)
+    layers = network.layers()
+    wires = list(values)
+    for first in range(0, len(layers), _LAYERS_AT_ONCE):
+        wires = fence(functools.partial(_compare, layers=layers[first : first + _LAYERS_AT_ONCE]), wires)
+    return [wires[i] for i in network.order[:k]]
+
+
+def _compare(wires: Sequence[Array], *, layers: Sequence[Sequence[tuple[int, int]]]) -> list[Array]:
+    """Apply comparators, which leave the larger of two values on the first wire."""
+    wires = list(wires)
+    for i, j in itertools.chain.from_iterable(layers):
+        wires[i], wires[j] = jnp.maximum(wires[i], wires[j]), jnp.minimum(wires[i], wires[j])
+    return wires
 
 
 def _by_counting(entries: Float[Array, "a n c"], k: Any, axes: tuple[int, ...]) -> Float[Array, "#a 1 #c"]:

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from moe.isotonic import pnorm
 from moe.isotonic.checks import require
 from moe.isotonic.implementation import Bound, Crossing, check_implementation, choose, refusal
-from moe.isotonic.layout import over_problems, vary_like
+from moe.isotonic.layout import Fence, finite, over_problems, vary_like
 from moe.isotonic.selection import add_up, from_ordered_integers, kth_largest, ordered_integers
 from moe.types import Solution
 
@@ -55,7 +55,9 @@ class Threshold:
     def topk(
         self, x: Float[Array, "*b n"], k: Any, *, strength: Float[Array, ""], p: float, magnitude: bool = False
     ) -> Crossing:
-        """Find tau on unsorted finite values (x >= 0 for magnitude); k is static or traced. NaN where x has a NaN."""
+        """Find tau on unsorted values (x >= 0 for magnitude), infinities acting as the largest numbers; NaN where x has
+        a NaN. k is static or traced.
+        """
         kernel = Bound(_by_kernel, (("k", k), ("p", p)))
         reference = Bound(_by_bisection, (("solver", self), ("k", k), ("p", p), ("magnitude", magnitude)))
         refused = refusal(x, k, p, (1, 2, 3), magnitude)
@@ -86,7 +88,7 @@ def _by_kernel(x: Float[Array, "*b n"], strength: Float[Array, ""], *, k: int, p
     """The TPU kernel, imported where it is wanted."""
     from moe.isotonic.kernels import threshold
 
-    return threshold.crossing(x, strength, k=k, p=p)
+    return threshold.crossing(finite(x), strength, k=k, p=p)
 
 
 def _by_bisection(
@@ -95,8 +97,8 @@ def _by_bisection(
     """The reference, in the memory layout that suits the platform."""
     r = pnorm.exponent(p)
 
-    def find(entries: Float[Array, "a n c"], axes: tuple[int, ...], k: Any, strength: Array) -> Crossing:
-        return _crossing(entries, axes, k, strength, r, magnitude, solver)
+    def find(entries: Float[Array, "a n c"], axes: tuple[int, ...], k: Any, strength: Array, fence: Fence) -> Crossing:
+        return _crossing(entries, axes, k, strength, fence, r, magnitude, solver)
 
     return over_problems(find, x, k, strength)
 
@@ -106,6 +108,7 @@ def _crossing(
     axes: tuple[int, ...],
     k: Any,
     strength: Float[Array, ""],
+    fence: Fence,
     r: float | int,
     magnitude: bool,
     solver: Threshold,
@@ -113,16 +116,15 @@ def _crossing(
     """Centre, set up the equation in beta, solve it, and translate back to tau."""
     if not magnitude and len(axes) > 1:
         return _crossing_of_long(entries, axes, k, strength, r, solver)
-    center = kth_largest(entries, k, axes)
+    center = kth_largest(entries, k, axes, fence)
     if magnitude:
         level = pnorm.selected_root(center, strength, r)
         low, width = pnorm.power(level, r), strength * level
         kappa = jnp.minimum(width / jnp.where(low > 0, low, 1), _MAX_KAPPA)
     else:
         low, width, kappa = center - strength, jnp.broadcast_to(strength, center.shape), None
-    heights = (entries - center) / jnp.where(width > 0, width, 1) + 1
     # Each pass below is to read the heights, not to compute them, the centre included, again.
-    center, heights = lax.optimization_barrier((center, heights))
+    heights = fence(lambda x, center, width: (x - center) / jnp.where(width > 0, width, 1) + 1, entries, center, width)
     equation = _Equation(heights, jnp.asarray(k, entries.dtype), kappa, r, axes)
     beta, step = _polish(equation, *_bisect(equation, solver.steps), solver.newton)
     hard = add_up((heights > 0).astype(entries.dtype), axes) <= equation.k
@@ -152,7 +154,7 @@ def _crossing_of_long(
     def keep_bit(step: Array, found: Array) -> Array:
         candidate = found + (jnp.ones((), found.dtype) << (bits - 1 - step).astype(found.dtype))
         z = pnorm.unit_clip(heights(from_ordered_integers(candidate, entries.dtype)))
-        return jnp.where(add_up(pnorm.power(z, r), axes) >= wanted, candidate, found)
+        return jnp.where(add_up(_masks(z, r), axes) >= wanted, candidate, found)
 
     like = ordered_integers(entries[:, :1, :1])
     lowest = vary_like(jnp.full_like(like, jnp.iinfo(like.dtype).min), entries)
@@ -198,13 +200,19 @@ class _Equation(NamedTuple):
         return pnorm.unit_clip(above if self.kappa is None else above * self.factor(beta))
 
 
+def _masks(z: Float[Array, "a n c"], r: float | int) -> Float[Array, "a n c"]:
+    """m from z = m^(1/r)."""
+    # In [0, 1] without the clip; but jaxlib 0.10 on CPU takes twenty times as long for sums over what is a product.
+    return z if r == 1 else pnorm.unit_clip(pnorm.power(z, r))
+
+
 def _bisect(equation: _Equation, steps: int) -> tuple[Array, Array]:
     """Bounds of beta after so many halvings; nothing pools at 0, and at 1 the mask's sum is at most k."""
 
     def halve(_: Array, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
         near, far = bracket
         middle = 0.5 * (near + far)
-        total = add_up(pnorm.power(equation.z(equation.at(middle)), equation.r), equation.axes)
+        total = add_up(_masks(equation.z(equation.at(middle)), equation.r), equation.axes)
         above = total >= equation.k
         return jnp.where(above, middle, near), jnp.where(above, far, middle)
 
@@ -222,10 +230,12 @@ def _polish(equation: _Equation, near: Array, far: Array, steps: int) -> tuple[A
         near, far, beta, _ = state
         z = equation.z(beta)
         # Of the clipped entries those at 0 have no slope of their own but for p = 2.
-        slopes = jnp.where((z > 0) & (z < 1), 1.0, 0.0) if r == 1 else jnp.where(z < 1, pnorm.power(z, r - 1), 0)
+        slopes = ((z > 0) & (z < 1)).astype(z.dtype) if r == 1 else jnp.where(z < 1, pnorm.power(z, r - 1), 0)
         slope = r * add_up(slopes, axes)
         if kappa is not None:
-            slope = slope * equation.factor(beta) + add_up(slopes * z, axes) * kappa / (1 + kappa * beta)
+            slope = slope * equation.factor(beta) + add_up(pnorm.unit_clip(slopes * z), axes) * kappa / (
+                1 + kappa * beta
+            )
         excess = _excess(equation, z)
         near, far = jnp.where(excess >= 0, beta, near), jnp.where(excess < 0, beta, far)
         following = jnp.clip(beta + excess / jnp.where(slope > 0, slope, jnp.inf), near, far)
@@ -237,7 +247,7 @@ def _polish(equation: _Equation, near: Array, far: Array, steps: int) -> tuple[A
 
 def _excess(equation: _Equation, z: Float[Array, "a n c"]) -> Float[Array, "#a 1 #c"]:
     """The mask's sum minus k; in a long sum ones are counted, so that they don't round off what others add."""
-    masks = pnorm.power(z, equation.r)
+    masks = _masks(z, equation.r)
     if len(equation.axes) == 1:
         return add_up(masks, equation.axes) - equation.k
     ones = add_up((z >= 1).astype(z.dtype), equation.axes)

@@ -14,6 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float
 
 from moe.isotonic import Solver, pnorm, ranked
+from moe.isotonic.layout import finite
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
@@ -36,14 +37,11 @@ def _find(
 ) -> tuple[Array, Array]:
     """Ask the solver: on unsorted values if it can, otherwise for the solution at rank k of the sorted ones."""
     k = traced_k if static_k is None else static_k
-    # Infinities act as the largest numbers. In here, the clipping is not differentiated, which would take memory.
-    largest = jnp.finfo(x.dtype).max
-    x = jnp.clip(x, -largest, largest)
     if hasattr(solver, "topk"):
         found = solver.topk(x, k, strength=strength, p=p, magnitude=magnitude)
     else:
         found = ranked.topk(x, strength, solver=solver, k=k, p=p, magnitude=magnitude)
-    return (x - found.center[..., None]) + found.offset[..., None], found.value[..., None]
+    return (finite(x) - found.center[..., None]) + found.offset[..., None], found.value[..., None]
 
 
 def is_pooled(

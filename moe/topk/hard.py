@@ -7,23 +7,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe.isotonic.checks import Count, Input, check_axis, check_floating, check_k
-from moe.isotonic.layout import over_problems
+from moe.isotonic.layout import Fence, finite, over_problems
 from moe.isotonic.selection import kth_largest
 
 
 def hard_mask(x: Input, k: Count, *, axis: int = -1) -> Float[Array, "..."]:
     """1 at the k largest entries along `axis`, 0 elsewhere, in x's dtype; of equal entries the first are taken.
 
-    Linear in n, without a sort. The derivative is 0. NaN makes its own row NaN.
+    Linear in n, without a sort. Infinities act as the largest numbers. The derivative is 0. NaN makes its own row NaN.
     Raises ValueError for k outside 1..n and for x that is not floating.
     """
     check_floating("x", x)
     check_axis(axis, x.ndim)
     k = check_k(k, x.shape[axis])
-    entries = jax.lax.stop_gradient(jnp.moveaxis(x, axis, -1)).astype(jnp.promote_types(x.dtype, jnp.float32))
+    entries = finite(jax.lax.stop_gradient(jnp.moveaxis(x, axis, -1)).astype(jnp.promote_types(x.dtype, jnp.float32)))
 
-    def find(entries: Array, axes: tuple[int, ...], k: Any, _: Array) -> Array:
-        return kth_largest(entries, k, axes)
+    def find(entries: Array, axes: tuple[int, ...], k: Any, _: Array, fence: Fence) -> Array:
+        return kth_largest(entries, k, axes, fence)
 
     kth = over_problems(find, entries, k, jnp.ones((), entries.dtype))[..., None]
     above, tied = entries > kth, entries == kth

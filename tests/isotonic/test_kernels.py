@@ -13,8 +13,8 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from moe import isotonic, topk
-from moe.isotonic import implementation
-from moe.isotonic.kernels import dykstra, networks, threshold
+from moe.isotonic import implementation, networks
+from moe.isotonic.kernels import dykstra, threshold
 from moe.isotonic.kernels.tiles import Tiling
 from tests.oracles import operators
 

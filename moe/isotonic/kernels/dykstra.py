@@ -15,8 +15,8 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from moe.isotonic import networks
 from moe.isotonic.implementation import Crossing
-from moe.isotonic.kernels import networks
 from moe.isotonic.kernels.tiles import Tiling
 
 # Sweeps per trip of the loop: fewer copies of loop-carried values.

@@ -21,9 +21,8 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from moe.isotonic import pnorm
+from moe.isotonic import networks, pnorm
 from moe.isotonic.implementation import Crossing
-from moe.isotonic.kernels import networks
 from moe.isotonic.kernels.tiles import Tiling
 
 _STEPS = 8

@@ -26,6 +26,17 @@ class Network(NamedTuple):
             wires[i], wires[j] = jnp.maximum(wires[i], wires[j]), jnp.minimum(wires[i], wires[j])
         return [wires[i] for i in self.order]
 
+    def layers(self) -> list[list[tuple[int, int]]]:
+        """The comparators in groups that share no wire, each after all that it depends on."""
+        grouped: list[list[tuple[int, int]]] = []
+        depth = dict.fromkeys(range(len(self.order)), 0)
+        for i, j in self.comparators:
+            layer = max(depth[i], depth[j])
+            depth[i] = depth[j] = layer + 1
+            grouped += [[]] if layer == len(grouped) else []
+            grouped[layer].append((i, j))
+        return grouped
+
 
 @functools.cache
 def sort(n: int) -> Network:
