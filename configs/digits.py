@@ -52,6 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
         "group_size": 8,
         "capacity_factor": 1.05,
         "evaluation_capacity_factor": 0.0,
+        "balance_scope": "group",
     }
     config.router = {
         "name": "softmax",

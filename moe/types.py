@@ -12,7 +12,7 @@ Letters (`logits_TE` has shape [T, E]; jaxtyping signatures use the same letters
 """
 
 import dataclasses
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -20,6 +20,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 Losses: TypeAlias = dict[str, Float[Array, "..."]]
 Metrics: TypeAlias = dict[str, Float[Array, "..."]]
 PyTree: TypeAlias = Any
+BalanceScope: TypeAlias = Literal["sequence", "group", "batch"]
+
+# The name under which an MoE layer maps its router over groups, for what is to be counted over all of them.
+GROUP_AXIS = "groups"
 
 
 class Solution(NamedTuple):
@@ -41,10 +45,13 @@ class Layout:
     """Sizes of a group that its arrays don't tell; static under jit, without leaves.
 
     num_experts: E. num_examples: the group's T tokens are so many examples of one length, one after the other.
+    balance_scope: over which tokens the balance loss takes its means; "batch" needs the groups side by side, under
+        `jax.vmap(router, axis_name=GROUP_AXIS)`.
     """
 
     num_experts: int
     num_examples: int
+    balance_scope: BalanceScope = "group"
 
 
 class RouterInputs(NamedTuple):

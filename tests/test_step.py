@@ -209,6 +209,15 @@ def test_the_state_of_a_router_lives_from_step_to_step() -> None:
     assert (second["bias"] != 0).any(axis=1).all()
 
 
+def test_balance_over_the_batch_is_the_same_on_a_mesh() -> None:
+    """Its means go over the groups of all devices."""
+    moe = dataclasses.replace(CONFIG.moe, balance_scope="batch")
+    config = dataclasses.replace(one_device("softmax"), moe=moe, router=Softmax(k=2, balance_weight=0.5))
+    actual, expected = run(dataclasses.replace(config, mesh=MESHES["data=2,expert=4"])), run(config)
+    assert_same(actual["gradient"], expected["gradient"])
+    assert_same(actual["metrics"], expected["metrics"])
+
+
 def test_router_losses_reach_the_gate_of_every_layer() -> None:
     """A loss lost in a scan would leave the gate's gradient unchanged when its weight changes."""
     heavier = run(dataclasses.replace(one_device("softmax"), router=dataclasses.replace(CONFIG.router, z_weight=1.0)))

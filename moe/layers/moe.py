@@ -16,7 +16,7 @@ from moe.parallel.dispatch import dispatch
 from moe.parallel.mesh import Axes
 from moe.routers.base import Router
 from moe.routers.metrics import routing_metrics
-from moe.types import Keys, Layout, Losses, Metrics, PyTree, Routed, RouterInputs
+from moe.types import GROUP_AXIS, BalanceScope, Keys, Layout, Losses, Metrics, PyTree, Routed, RouterInputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,9 @@ class MoeConfig:
     capacity_factor: in training an expert has ⌈factor·T·k/E⌉ slots per group of T tokens, rounded up to a multiple of
         4; evaluation never drops a token. 0: neither does training.
     evaluation_capacity_factor: the same for evaluation, whose default 0 drops nothing.
+    balance_scope: over which tokens routers with a balance loss ask for balance: each sequence (example), each group,
+        or the batch, that is all groups of a micro-batch, on whatever devices they are. Under gradient accumulation
+        "batch" is the mean of its micro-batches' losses; the other two don't see accumulation.
     """
 
     num_experts: int = 8
@@ -35,6 +38,7 @@ class MoeConfig:
     group_size: int = 8
     capacity_factor: float = 1.05
     evaluation_capacity_factor: float = 0.0
+    balance_scope: BalanceScope = "group"
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "expert_width"):
@@ -101,7 +105,7 @@ class Moe(nnx.Module):
             tokens=x_GTD,
             ids=ids_BL.reshape(groups, num_tokens),
             mask=mask_GT,
-            layout=Layout(self.config.num_experts, num_examples // groups),
+            layout=Layout(self.config.num_experts, num_examples // groups, self.config.balance_scope),
         )
         params, state = (jax.tree.map(_value, part, is_leaf=_is_variable) for part in self._router_variables())
         group_keys = None if keys is None else keys.reshape(groups, -1)
@@ -109,7 +113,7 @@ class Moe(nnx.Module):
         def route(group: RouterInputs, keys: Keys | None) -> Routed:
             return self.router(params, group._replace(gate=self.w_gate[...]), state, keys)
 
-        routed = jax.vmap(route)(inputs, group_keys)
+        routed = jax.vmap(route, axis_name=GROUP_AXIS)(inputs, group_keys)
 
         weight_axes: dict[str, Axes] = {name: ("expert", *WEIGHT_AXES[name]) for name in self.experts}
         y_GTD, kept_G = dispatch(

@@ -1,5 +1,6 @@
 """What every router is, and the steps that most of them share, as plain functions."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -8,7 +9,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe.routers import losses
-from moe.types import Assignments, Keys, Layout, Losses, Metrics, PyTree, Routed, RouterInputs, Slots
+from moe.types import (
+    GROUP_AXIS,
+    Assignments,
+    BalanceScope,
+    Keys,
+    Layout,
+    Losses,
+    Metrics,
+    PyTree,
+    Routed,
+    RouterInputs,
+    Slots,
+)
 
 
 @runtime_checkable
@@ -64,12 +77,13 @@ def check_k(k: int, num_experts: int) -> None:
 
 
 class Given(NamedTuple):
-    """A router's inputs made ready: float32 logits, a mask that is always there, and the sizes."""
+    """A router's inputs made ready: float32 logits, a mask that is always there, and what `Layout` holds."""
 
     logits: Float[Array, "T X"]
     mask: Bool[Array, "T"]
     num_experts: int
     num_examples: int
+    balance_scope: BalanceScope
 
 
 def given(router: Router, inputs: RouterInputs) -> Given:
@@ -90,7 +104,7 @@ def given(router: Router, inputs: RouterInputs) -> Given:
     if num_tokens % layout.num_examples:
         raise ValueError(f"{num_tokens} tokens can't be {layout.num_examples} examples of one length.")
     mask_T = jnp.ones(num_tokens, bool) if inputs.mask is None else inputs.mask
-    return Given(inputs.logits.astype(jnp.float32), mask_T, layout.num_experts, layout.num_examples)
+    return Given(inputs.logits.astype(jnp.float32), mask_T, **dataclasses.asdict(layout))
 
 
 def example_noise(
@@ -181,9 +195,15 @@ def token_choice_losses(one: Given, probs_TE: Float[Array, "T E"], choice_TE: Fl
     """The losses that every router of token choice offers, unweighted: balance, importance and z.
 
     probs_TE: what a token thinks of each expert; rows sum to 1. choice_TE: what it took; rows sum to about k.
+    Only the balance loss has a scope; the others are about the group.
     """
+    if one.balance_scope == "sequence":
+        balance = losses.load_balancing_by_example(probs_TE, choice_TE, k, one.mask, one.num_examples)
+    else:
+        axis_name = GROUP_AXIS if one.balance_scope == "batch" else None
+        balance = losses.load_balancing(probs_TE, choice_TE, k, one.mask, axis_name)
     return {
-        "balance": losses.load_balancing(probs_TE, choice_TE, k, one.mask),
+        "balance": balance,
         "importance": losses.importance(probs_TE, one.mask),
         "z": losses.z(one.logits, one.mask),
     }

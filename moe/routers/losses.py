@@ -12,10 +12,18 @@ from jaxtyping import Array, Bool, Float
 from moe.types import Losses
 
 
-def token_mean(values_TX: Float[Array, "T *X"], mask_T: Bool[Array, "T"]) -> Float[Array, "*X"]:
-    """Mean over the tokens that the mask keeps; 0 where it keeps none."""
+def token_mean(
+    values_TX: Float[Array, "T *X"], mask_T: Bool[Array, "T"], axis_name: str | None = None
+) -> Float[Array, "*X"]:
+    """Mean over the tokens that the mask keeps, in all groups along `axis_name` where it is given; 0 if it keeps none.
+
+    Groups count by their tokens, so those with more padding count less.
+    """
     keep = mask_T.reshape((-1,) + (1,) * (values_TX.ndim - 1))
-    return jnp.sum(jnp.where(keep, values_TX, 0.0), axis=0) / jnp.maximum(jnp.sum(mask_T), 1)
+    total, count = jnp.sum(jnp.where(keep, values_TX, 0.0), axis=0), jnp.sum(mask_T)
+    if axis_name is not None:
+        total, count = jax.lax.psum((total, count), axis_name)
+    return total / jnp.maximum(count, 1)
 
 
 def squared_variation(values_E: Float[Array, "E"]) -> Float[Array, ""]:
@@ -49,14 +57,20 @@ def load(
 
 
 def load_balancing(
-    probs_TE: Float[Array, "T E"], choice_TE: Float[Array, "T E"], k: int, mask_T: Bool[Array, "T"]
+    probs_TE: Float[Array, "T E"],
+    choice_TE: Float[Array, "T E"],
+    k: int,
+    mask_T: Bool[Array, "T"],
+    axis_name: str | None = None,
 ) -> Float[Array, ""]:
     """Switch Transformer (2101.03961) eq. 4 divided by K: E/K Σ_e f_e P_e; 1 at balance, E/K at worst for k = 1.
 
-    f_e is the mean of `choice_TE` over tokens (its rows sum to about k), P_e the mean probability.
+    f_e is the mean of `choice_TE` over tokens (its rows sum to about k), P_e the mean probability. With `axis_name`
+    both are means over all groups, as in the global-batch loss of Qiu et al. 2025 (2501.11873).
     """
     num_experts = probs_TE.shape[-1]
-    return num_experts / k * jnp.sum(token_mean(choice_TE, mask_T) * token_mean(probs_TE, mask_T))
+    f_E, P_E = (token_mean(values_TE, mask_T, axis_name) for values_TE in (choice_TE, probs_TE))
+    return num_experts / k * jnp.sum(f_E * P_E)
 
 
 def load_balancing_by_example(

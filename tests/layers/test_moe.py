@@ -373,6 +373,22 @@ def test_a_group_size_that_leaves_examples_over_is_refused() -> None:
         layer(jnp.asarray(make_tokens()), None, ONE_DEVICE)
 
 
+@pytest.mark.parametrize(("scope", "group_size"), [("sequence", 1), ("batch", 0)])
+def test_the_scope_of_the_balance_loss_is_that_of_groups_as_large(scope: str, group_size: int) -> None:
+    """Without a capacity groups matter to the losses alone: groups of 1, or of all, give the same run."""
+    router = Softmax(k=2, noise=0.0, load_weight=0.0, importance_weight=0.0, balance_weight=0.7)
+    scoped, grouped, neither = (
+        run(make_layer(router, dataclasses.replace(CONFIG, capacity_factor=0.0, **changes)), make_tokens(), keys)
+        for keys in [example_keys()]
+        for changes in ({"balance_scope": scope}, {"group_size": group_size}, {})
+    )
+    for part in ("w_gate", "x"):
+        np.testing.assert_allclose(scoped.gradient[part], grouped.gradient[part], rtol=1e-4, atol=1e-5)
+    balance = scoped.output.losses["balance"]
+    np.testing.assert_allclose(balance, grouped.output.losses["balance"], rtol=1e-5)
+    assert abs(balance - neither.output.losses["balance"]) > 1e-3
+
+
 def test_group_size_zero_is_the_whole_batch() -> None:
     """One group of 12 tokens and 13 choices: ⌈.8·12/4⌉ = 3 places, rounded up to 4, for all of them together."""
     layer = make_layer(Fixed(), dataclasses.replace(CONFIG, group_size=0))

@@ -55,6 +55,32 @@ def test_load_balancing_by_hand() -> None:
     np.testing.assert_allclose(losses.load_balancing(PROBS_TE, CHOICE_TE, 3, MASK_T), 0.8, rtol=1e-6)
 
 
+def test_load_balancing_by_example_by_hand() -> None:
+    """E = 3, K = 2. Two examples of two tokens, one of which is padding: (f, P) of the first (1, 1, 0), (.6, .25, .15)
+    and of the second (1, 0, 1), (.6, .1, .3): 3/2 · (.85 + .9)/2. A third example, all padding, counts nowhere.
+    """
+    by_example = losses.load_balancing_by_example(PROBS_TE, CHOICE_TE, 2, MASK_T, 2)
+    np.testing.assert_allclose(by_example, 1.5 * (0.85 + 0.9) / 2, rtol=1e-6)
+    padded = [jnp.concatenate([x, x[:2]]) for x in (PROBS_TE, CHOICE_TE)]
+    mask_T = jnp.concatenate([MASK_T, jnp.zeros(2, bool)])
+    np.testing.assert_allclose(losses.load_balancing_by_example(*padded, 2, mask_T, 3), by_example, rtol=1e-6)
+
+
+def test_load_balancing_over_groups_is_that_of_all_their_tokens() -> None:
+    """Two groups of two tokens, the second with padding: 1.2, as by hand above, and with its gradient."""
+    groups = [x.reshape(2, 2, *x.shape[1:]) for x in (PROBS_TE, CHOICE_TE, MASK_T)]
+
+    def over_groups(probs: jax.Array) -> jax.Array:
+        balance = jax.vmap(lambda p, c, m: losses.load_balancing(p, c, 2, m, "groups"), axis_name="groups")
+        return balance(probs, *groups[1:])
+
+    loss_G = over_groups(groups[0])
+    np.testing.assert_allclose(loss_G, [1.2, 1.2], rtol=1e-6)
+    gradient = jax.grad(lambda probs: jnp.mean(over_groups(probs)))(groups[0])
+    whole = jax.grad(lambda probs: losses.load_balancing(probs, CHOICE_TE, 2, MASK_T))(PROBS_TE)
+    np.testing.assert_allclose(gradient.reshape(4, 3), whole, rtol=1e-6)
+
+
 def test_z_by_hand() -> None:
     """log-sum-exp 1, -2 and 0: (1 + 4 + 0)/3."""
     np.testing.assert_allclose(losses.z(LOGITS_TE, MASK_T), 5 / 3, rtol=1e-6)
