@@ -23,15 +23,17 @@ from moe.isotonic.layout import finite, over_columns, vary_like
 from moe.isotonic.problem import Problem, as_problem, from_columns
 from moe.types import Solution
 
-_LEAST_P = 1.25
+_FLAT_BELOW_P = 1.25
 
 
 @dataclasses.dataclass(frozen=True)
 class Dykstra:
     """Alternating projections: adds, compares and selects only, so it vectorises over problems. Iterative, not exact.
 
-    It serves p in [1.25, 2]. A pooled block of m entries needs about m^2 sweeps: right for routers, wrong for pruning a
-    weight matrix. The residual of the solution says how far the two projections of the last sweep lie apart.
+    A pooled block of m entries needs about m^2 sweeps: right for routers, wrong for pruning a weight matrix. The
+    residual of the solution says how far the two projections of the last sweep lie apart. With eps the rounding unit,
+    multipliers determine (s - v)/strength no better than eps^(p-1), though its power 1/(p-1), the mask, as well as eps;
+    below p = 1.25 that limit exceeds what a sweep moves, and the residual is at least it.
 
     steps: most sweeps; a sweep is both projections.
     tol: a problem stops after the sweep whose residual is at most tol * strength. With tol = 0 all problems run all
@@ -71,9 +73,6 @@ class Dykstra:
         origin: Float[Array, "*#b 1"] | float = 0.0,
     ) -> Solution:
         """Solve along the last axis for any w; `origin` is what was subtracted from s (and is missing in the value)."""
-        # Below, (s - v)^(1/(p-1)) is so flat that float32 multipliers stall short of the solution, and the residual
-        # does not see it.
-        require(p >= _LEAST_P, "p", p, f"at least {_LEAST_P} for Dykstra; Threshold and Pav serve any p in (1, 2]")
         problem = as_problem(s, w, strength, p, magnitude, jnp.asarray(origin, s.dtype))
         # A mask has no quadratic part, which is no array.
         columns = [a for a in problem[:3] if a is not None]
@@ -83,6 +82,8 @@ class Dykstra:
             return _solve(columns, self.steps, self.tol)
 
         value, steps, residual = over_columns(sweep, *columns)
+        if p < _FLAT_BELOW_P:
+            residual = jnp.maximum(residual, strength * float(jnp.finfo(s.dtype).eps) ** (p - 1))
         batch = s.shape[:-1]
         return Solution(from_columns(value, s.shape), steps.reshape(batch), residual.reshape(batch))
 

@@ -77,15 +77,17 @@ def balance(
     slope_at_0 = r * power(spread, r - 1) + pull
     # Each of these bounds the root from above (the linear one for r >= 2, where the left side is convex).
     start = jnp.minimum(root(target, r), target / jnp.where(slope_at_0 > 0, slope_at_0, 1e-30))
-    if r > 3 or not isinstance(r, int):
-        start = jnp.minimum(start, root(2 * target + power(spread, r), r) - spread)
+    unrolled = r in (2, 3)
+    most = jnp.inf if unrolled else root(2 * target + power(spread, r), r)
+    if not unrolled:
+        start = jnp.minimum(start, most - spread)
 
     def step(_: Array, u: Array) -> Array:
         excess = 0.5 * (signed_power(u + spread, r) + signed_power(u - spread, r)) + pull * u - target
         slope = 0.5 * r * (power(u + spread, r - 1) + power(jnp.abs(u - spread), r - 1)) + pull
-        return jnp.maximum(u - excess / jnp.where(slope > 0, slope, 1), 0)
+        # From a start that rounding put below the root, a flat slope leads beyond `most`, where powers overflow.
+        return jnp.clip(u - excess / jnp.where(slope > 0, slope, 1), 0, most)
 
-    unrolled = r in (2, 3)
     u = lax.fori_loop(0, 5 if unrolled else 12, step, jnp.maximum(start, 0), unroll=unrolled)
     return jnp.sign(total) * u
 

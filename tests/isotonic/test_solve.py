@@ -34,20 +34,18 @@ def problems(magnitude, n=7, count=6, seed=0):
 @pytest.mark.parametrize("solver", SOLVERS, ids=["pav", "dykstra"])
 @pytest.mark.parametrize(("p", "magnitude"), CASES)
 def test_general_problems(solver, p, magnitude):
-    if isinstance(solver, isotonic.Dykstra) and p < 1.25:
-        with pytest.raises(ValueError, match=r"p is 1.2, .*at least 1.25 for Dykstra; Threshold and Pav"):
-            isotonic.solve(jnp.ones(3), jnp.zeros(3), strength=1.0, p=p, magnitude=magnitude, solver=solver)
-        return
     s, w = problems(magnitude)
     for strength in (0.05, 1.0, 5.0):
         found = jitted(solver, p, magnitude)(s, w, strength=strength)
         expected = np.stack([oracle.pav(a, b, np.float32(strength), p, magnitude) for a, b in zip(s, w, strict=True)])
-        np.testing.assert_allclose(found.value, expected, atol=5e-6 * max(1.0, strength))
-        assert (np.diff(found.value, axis=-1) <= 5e-6 * max(1.0, strength)).all()
+        # What float32 multipliers can't resolve for small p, the residual names.
+        atol = 5e-6 * max(1.0, strength) + (np.asarray(found.residual).max() if p < 1.25 else 0)
+        np.testing.assert_allclose(found.value, expected, atol=atol)
+        assert (np.diff(found.value, axis=-1) <= atol).all()
         assert found.steps.shape == found.residual.shape == (6,)
 
 
-@pytest.mark.parametrize(("p", "magnitude"), [(1.25, True), (4 / 3, True)])
+@pytest.mark.parametrize(("p", "magnitude"), [(1.1, True), (1.2, True), (1.25, True), (4 / 3, True)])
 def test_the_residual_of_dykstra_bounds_its_error_where_it_has_not_converged(p, magnitude):
     solver = isotonic.Dykstra(steps=400, tol=0.0)
     unconverged = 0
@@ -59,6 +57,15 @@ def test_the_residual_of_dykstra_bounds_its_error_where_it_has_not_converged(p, 
         unconverged += int((error > 5e-6).sum())
         assert (error <= 2.5e-5 + 2 * np.asarray(found.residual)).all()
     assert unconverged > 0
+
+
+@pytest.mark.parametrize("p", [1.2, 1.1, 1.05])
+def test_the_mask_of_dykstra_is_exact_for_small_p(p):
+    x = np.random.default_rng(0).normal(size=(32, 12)).astype(np.float32)
+    for strength in (0.1, 1.0, 5.0):
+        y = topk.mask(jnp.asarray(x), 2, p=p, strength=strength, solver=isotonic.Dykstra(steps=400, tol=0.0))
+        expected = np.stack([oracle.mask_by_bisection(row, 2, float(np.float32(strength)), p) for row in x])
+        np.testing.assert_allclose(y, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize(("p", "magnitude"), CASES)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
 
 from moe import isotonic, topk
 from tests.oracles import operators as oracle
@@ -112,6 +113,14 @@ def test_second_derivatives(name):
     numerical = (jax.vmap(gradient)(X10 + shifts) - jax.vmap(gradient)(X10 - shifts)) / (2 * step)
     np.testing.assert_allclose(hessian, numerical, atol=5e-3 * np.abs(hessian).max())
     np.testing.assert_allclose(hessian, hessian.T, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", [isotonic.Threshold(steps=30), isotonic.Pav()])
+@pytest.mark.parametrize("name", ["mask", "magnitude"])
+def test_forward_and_reverse_mode_agree_with_finite_differences_to_second_order(name, solver):
+    with jax.enable_x64(True):
+        run = jitted(name, 4, 4 / 3, solver=solver)
+        check_grads(run, (jnp.asarray(X10, jnp.float64), jnp.float64(0.5)), order=2, atol=1e-4, rtol=1e-4)
 
 
 def test_unselected_entries_of_the_magnitude_have_gradient_zero_not_nan():
