@@ -80,7 +80,13 @@ def get_config() -> ml_collections.ConfigDict:
             "z_weight": 0.0,
         },
         "successive_halving": {
-            "base": 20.0,
+            "weights": {
+                "name": "boosted_softmax",
+                "boosted_softmax": {"base": 20.0},
+                "boosted_normalised": {"base": 20.0},
+                "softmax": {"sharpness": 10.0},
+                "centred_boost": {"ranks": 0.875, "field": 0.125, "linear": 0.2},
+            },
             "balance_weight": 0.01,
             "importance_weight": 0.0,
             "z_weight": 0.0,

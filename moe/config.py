@@ -14,7 +14,7 @@ from typing import Any
 
 import ml_collections
 
-from moe import isotonic
+from moe import isotonic, topk
 from moe.checkpoint import CheckpointConfig
 from moe.data.pipeline import DataConfig
 from moe.layers.moe import MoeConfig
@@ -27,6 +27,7 @@ from moe.routers import ROUTERS, Router
 CHOICES: Mapping[Any, Mapping[str, Any]] = {
     Router: ROUTERS,
     isotonic.Solver: isotonic.SOLVERS,
+    topk.PairWeights: topk.PAIR_WEIGHTS,
     ViTConfig: {name: config_class for name, (config_class, _) in MODELS.items()},
 }
 

@@ -28,19 +28,16 @@ class SuccessiveHalving:
     slots' weight that lies on the experts not dispatched to.
 
     k: experts per token, exactly.
-    base: b of the released pair weights softmax(b^score_i, b^score_j).
+    weights: how the two experts of a pair share a slot, one of `topk.PAIR_WEIGHTS`; by default the released weights
+        softmax(20^score_i, 20^score_j).
     balance_weight, importance_weight, z_weight: weights of the losses of the same names.
     """
 
     k: int = 2
-    base: float = 20.0
+    weights: topk.PairWeights = topk.BoostedSoftmax(base=20.0)
     balance_weight: float = 0.01
     importance_weight: float = 0.0
     z_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.base <= 1:
-            raise ValueError(f"router.successive_halving.base = {self.base} must exceed 1.")
 
     num_logits = one_logit_per_expert
     init = no_variables
@@ -49,9 +46,7 @@ class SuccessiveHalving:
         """Routes one group; see `moe.routers.base.Router`."""
         one = given(self, inputs)
 
-        slots_TKE = topk.successive_halving_matrix(
-            jax.nn.sigmoid(one.logits), self.k, weights=topk.BoostedSoftmax(base=self.base)
-        )
+        slots_TKE = topk.successive_halving_matrix(jax.nn.sigmoid(one.logits), self.k, weights=self.weights)
         probs_TE = jax.nn.softmax(one.logits)
         expert_TK = jnp.argmax(slots_TKE, axis=-1)
         slot_weight_TK = jnp.max(slots_TKE, axis=-1)

@@ -13,7 +13,15 @@ from moe.topk.pair_weights import BoostedNormalised, BoostedSoftmax, CentredBoos
 from moe.topk.pnorm import magnitude, mask
 from moe.topk.soft import soft_rank, soft_sort
 
+PAIR_WEIGHTS = {
+    "boosted_softmax": BoostedSoftmax,
+    "boosted_normalised": BoostedNormalised,
+    "softmax": Softmax,
+    "centred_boost": CentredBoost,
+}
+
 __all__ = [
+    "PAIR_WEIGHTS",
     "BoostedNormalised",
     "BoostedSoftmax",
     "CentredBoost",

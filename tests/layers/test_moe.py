@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from jaxtyping import Array
 
+from moe import topk
 from moe.layers.mlp import Mlp
 from moe.layers.moe import Moe
 from moe.ops.permute import capacity
@@ -44,7 +45,7 @@ from tests.routers.helpers import ACROSS_TOKENS, COMPILER_OPTIONS, WITHOUT_LOGIT
 KNOWN: dict[str, Router] = {
     "softmax": Softmax(k=2, noise=2.0, importance_weight=0.3, load_weight=0.2),
     "sparse_topk": SparseTopK(k=1, strength=1.5, p=2.0, max_experts=2, balance_weight=0.3),
-    "successive_halving": SuccessiveHalving(k=2, base=5.0, balance_weight=0.3),
+    "successive_halving": SuccessiveHalving(k=2, weights=topk.BoostedSoftmax(5.0), balance_weight=0.3),
 }
 # Every router, those unknown here by its defaults.
 ALL = {name: KNOWN.get(name) or router() for name, router in ROUTERS.items()}
@@ -76,7 +77,7 @@ def route_known(router: Any, logits_TE: np.ndarray, noise_TE: np.ndarray | None)
         rows = oracle.sparse_topk_router(logits_TE, router.k, router.strength, router.p, limit)
         choice_TE = oracle.sparse_topk_weights(logits_TE, router.k, router.strength, router.p) / probs_TE
     else:
-        rows = oracle.successive_halving_router(logits_TE, router.k, router.base)
+        rows = oracle.successive_halving_router(logits_TE, router.k, router.weights.base)
         choice_TE = oracle.dense_weights(rows, *logits_TE.shape) > 0
     balance = EXPERTS / router.k * np.sum(choice_TE.mean(axis=0) * probs_TE.mean(axis=0))
     return rows, router.balance_weight * float(balance)
