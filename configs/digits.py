@@ -71,7 +71,13 @@ def get_config() -> ml_collections.ConfigDict:
             "entropy_weight": 0.0,
         },
         "sparse_topk": {
+            "composition": "mask_softmax",
+            "gate": "softmax",
+            "choice": "token",
             "strength": 1.0,
+            "schedule": "constant",
+            "strength_end": 0.1,
+            "strength_steps": 1000,
             "p": 4 / 3,
             "solver": {"name": "threshold", "threshold": {}, "dykstra": {"steps": 50}},
             "max_experts": 0,

@@ -1,0 +1,82 @@
+"""Routers whose combine weights have exact zeros of their own, in float64 NumPy, by loops.
+
+Written from the papers cited at each function and from the compositions that this project defines (README, names).
+Conventions as in `tests.oracles.routing`: no padding, ties to the lower index, float64 on entry.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import ArrayLike
+
+from tests.oracles import operators
+from tests.oracles.routing import Rows, queue, softmax
+
+
+class Sparse(NamedTuple):
+    """share: the operator's mask, which decides what is dispatched. weight: the combine weights."""
+
+    share_TE: Float[np.ndarray, "T E"]
+    weight_TE: Float[np.ndarray, "T E"]
+
+
+def magnitude_mask(x: ArrayLike, k: int, strength: float, p: float) -> Float[np.ndarray, "n"]:
+    """The mask within top-k in magnitude (arXiv 2302.01425) of x >= 0: y / v, which sums to k; 0 where x is 0.
+
+    v is the isotonic solution, y = ((x - v)/λ)^(q-1) what the operator returns without rescaling; with it, y + x - v.
+    """
+    x = np.asarray(x, np.float64)
+    y = operators.magnitude(x, k, strength, p, rescale=False)
+    v = x - (operators.magnitude(x, k, strength, p) - y)
+    return np.divide(y, v, out=np.zeros_like(y), where=y > 0)
+
+
+def sparse_topk(
+    logits_TE: ArrayLike, k: int, strength: float, p: float, composition: str, gate: str = "softmax"
+) -> Sparse:
+    """Token choice: "mask", "mask_softmax" of the logits, or "magnitude" of their gate, along the experts."""
+    logits_TE = np.asarray(logits_TE, np.float64)
+    return _composed(logits_TE, logits_TE, k, strength, p, composition, gate)
+
+
+def sparse_topk_of_experts(
+    logits_TE: ArrayLike, k: int, strength: float, p: float, composition: str, gate: str = "softmax"
+) -> Sparse:
+    """Expert choice: along the tokens, ⌈T k / E⌉ of them; masks are of the log-probabilities of a token's experts."""
+    logits_TE = np.asarray(logits_TE, np.float64)
+    taken = math.ceil(len(logits_TE) * k / logits_TE.shape[1])
+    top_T1 = logits_TE.max(axis=1, keepdims=True)
+    preference_TE = logits_TE - top_T1 - np.log(np.exp(logits_TE - top_T1).sum(axis=1, keepdims=True))
+    return _composed(logits_TE, preference_TE, taken, strength, p, composition, gate, along_tokens=True)
+
+
+def _composed(
+    logits_TE: np.ndarray,
+    preference_TE: np.ndarray,
+    k: int,
+    strength: float,
+    p: float,
+    composition: str,
+    gate: str,
+    along_tokens: bool = False,
+) -> Sparse:
+    gate_TE = np.maximum(logits_TE, 0.0) if gate == "relu" else softmax(logits_TE)
+    argument_TE = gate_TE if composition == "magnitude" else preference_TE
+    rows = argument_TE.T if along_tokens else argument_TE
+    operator = magnitude_mask if composition == "magnitude" else operators.mask
+    share_TE = np.array([operator(row, k, strength, p) for row in rows])
+    weight_TE = share_TE
+    if composition == "magnitude":
+        weight_TE = np.array([operators.magnitude(row, k, strength, p) for row in rows])
+    if along_tokens:
+        share_TE, weight_TE = share_TE.T, weight_TE.T
+    return Sparse(share_TE, weight_TE * gate_TE if composition == "mask_softmax" else weight_TE)
+
+
+def queue_of_experts(weight_TE: ArrayLike, selected_TE: ArrayLike, most: int) -> Rows:
+    """Rows in use only: each expert's `most` heaviest selected tokens, all experts' first tokens before their second."""
+    by_token = queue(np.asarray(weight_TE).T, np.asarray(selected_TE).T, most)
+    used = by_token.valid
+    return Rows(by_token.expert[used], by_token.token[used], by_token.weight[used], used[used], by_token.choices)
