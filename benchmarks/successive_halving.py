@@ -1,7 +1,7 @@
 """Successive halving beside the published curves: quality, gradient and time for all 85 published pairs (n, k).
 
 python -m benchmarks.successive_halving [--json FILE] [--markdown FILE] [--cpu-time] [--figures FOLDER]
-                        [--only quality|baseline|time] [--n N ...] [--k K ...] [--samples S] [--redraw FILE]
+                        [--only quality|baseline|time] [--n N ...] [--k K ...] [--samples S] [--redraw FILE ...]
 
 quality   nCCS, over what was published, and the median gradient norm, over that at base 20
 baseline  nCCS of iterative softmax at the published sharpness, over what was published, and at a tuned one; k <= 128
@@ -297,19 +297,20 @@ def main() -> None:
     options.add_argument("--samples", type=int, default=256, help="least samples for a pair's quality")
     options.add_argument("--repeats", type=int, default=15, help="most timed calls of a program")
     options.add_argument("--figures", type=Path, help="draw the paper's figures into this folder")
-    options.add_argument("--redraw", type=Path, help="with --figures: measure nothing, draw what this JSON file keeps")
+    options.add_argument(
+        "--redraw", type=Path, nargs="+", help="with --figures: measure nothing, draw what these JSON files keep"
+    )
     arguments = options.parse_args()
     if arguments.redraw:
-        rows = json.loads(arguments.redraw.read_text())
+        rows = [row for file in arguments.redraw for row in json.loads(file.read_text())]
     else:
-        pairs = published("successive_halving", "nccs_mean")
-        rows = [
-            row
-            for section in arguments.only or SECTIONS
-            for n, k in pairs
-            if (not arguments.n or n in arguments.n) and (not arguments.k or k in arguments.k)
-            for row in SECTIONS[section](n, k, arguments)
-        ]
+        rows = []
+        for section in arguments.only or SECTIONS:
+            for n, k in published("successive_halving", "nccs_mean"):
+                if (not arguments.n or n in arguments.n) and (not arguments.k or k in arguments.k):
+                    rows += SECTIONS[section](n, k, arguments)
+                    print(section, case(n, k), file=sys.stderr, flush=True)
+                    jax.clear_caches()  # hundreds of programs in one process exhaust the kernel's table of mappings
         rows += crossovers(rows)
         common.report(rows, arguments)
     if arguments.figures:
