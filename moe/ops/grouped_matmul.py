@@ -1,0 +1,214 @@
+"""Rows sorted by expert, each times its own expert's matrix, at the cost of the rows alone.
+
+`lax.ragged_dot` is the definition. XLA compiles it to a product of every row with every expert, masked, on CPU, and on
+TPU unless a compiler option says otherwise (in the weights' gradient on some versions always): hence the others.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+IMPLEMENTATIONS = ("blocks", "ragged_dot", "megablox")
+
+# A matrix's gradient is added up in pieces that stay in a core's cache.
+_PIECE_BYTES = 1 << 19
+# Rows, contraction and columns of a tile on TPU, as large as its matrix unit and memory like them.
+_TILES = (512, 1024, 1024)
+
+
+def grouped_matmul(
+    x_NX: Float[Array, "N X"],
+    w_EXY: Float[Array, "_ _ Y"],
+    sizes_E: Int[Array, "_"],
+    *,
+    block: int = 1,
+    implementation: str | None = None,
+) -> Float[Array, "N Y"]:
+    """y_n = x_n w_e for the rows n of group e; float32 sums, in x's dtype.
+
+    Group e holds sizes_E[e] rows and begins where group e - 1 ends; rows past the last group give zeros.
+    block: every size, and N, is a multiple of it.
+    implementation: "blocks", a loop over blocks of one expert each that skips unused ones (needs a block worth a
+        product); "ragged_dot", `lax.ragged_dot`; "megablox", the Pallas kernel for TPUs that comes with JAX. None:
+        blocks on CPU, megablox on TPU, ragged_dot elsewhere.
+    Raises ValueError for shapes that don't fit, and NotImplementedError for megablox off TPUs.
+    """
+    if x_NX.shape[1] != w_EXY.shape[1] or sizes_E.shape[0] != w_EXY.shape[0]:
+        raise ValueError(
+            f"x {x_NX.shape}, w {w_EXY.shape} and sizes {sizes_E.shape} must have the shapes [N, X], [E, X, Y] and [E]."
+        )
+    if block < 1 or x_NX.shape[0] % block:
+        raise ValueError(f"block = {block} must be positive and divide the {x_NX.shape[0]} rows.")
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation = {implementation!r} must be None or one of {', '.join(IMPLEMENTATIONS)}.")
+    return _product(x_NX, w_EXY.astype(x_NX.dtype), sizes_E, block, implementation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _product(x: Array, w: Array, sizes: Array, block: int, implementation: str | None) -> Array:
+    return _rows_by_matrices(x, w, sizes, block, implementation, transpose=False)
+
+
+def _forward(x: Array, w: Array, sizes: Array, block: int, implementation: str | None) -> Any:
+    return _product(x, w, sizes, block, implementation), (x, w, sizes)
+
+
+def _backward(block: int, implementation: str | None, saved: Any, dy: Array) -> tuple[Array, Array, None]:
+    x, w, sizes = saved
+    dx = _rows_by_matrices(dy, w, sizes, block, implementation, transpose=True)
+    return dx, _rows_by_rows(x, dy, sizes, block, implementation).astype(w.dtype), None
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _rows_by_matrices(
+    x: Array, w: Array, sizes: Array, block: int, implementation: str | None, *, transpose: bool
+) -> Array:
+    """x_n w_e, or with `transpose` x_n w_e^T."""
+    return _run(
+        implementation,
+        {
+            "blocks": functools.partial(_blocks_by_matrices, block=block, transpose=transpose),
+            "ragged_dot": functools.partial(_ragged_by_matrices, transpose=transpose),
+            "megablox": functools.partial(_megablox_by_matrices, transpose=transpose),
+        },
+        x,
+        w,
+        sizes,
+    )
+
+
+def _rows_by_rows(x: Array, y: Array, sizes: Array, block: int, implementation: str | None) -> Array:
+    """Σ_n x_n^T y_n over the rows of each group, [E, X, Y], float32."""
+    return _run(
+        implementation,
+        {
+            "blocks": functools.partial(_blocks_by_rows, block=block),
+            "ragged_dot": _ragged_by_rows,
+            "megablox": _megablox_by_rows,
+        },
+        x,
+        y,
+        sizes,
+    )
+
+
+def _run(implementation: str | None, table: dict[str, Callable], *arguments: Array) -> Array:
+    if implementation is not None:
+        return table[implementation](*arguments)
+    return lax.platform_dependent(*arguments, cpu=table["blocks"], tpu=table["megablox"], default=table["ragged_dot"])
+
+
+# Blocks ---------------------------------------------------------------------------------------------------------------
+
+
+def block_experts(sizes_E: Int[Array, "E"], block: int, num_blocks: int) -> Int[Array, "M"]:
+    """The expert of each block of rows; E for the blocks past the last group."""
+    ends_E = jnp.cumsum(sizes_E)
+    return jnp.searchsorted(ends_E, jnp.arange(num_blocks, dtype=ends_E.dtype) * block, side="right")
+
+
+def _blocks_by_matrices(x: Array, w: Array, sizes: Array, *, block: int, transpose: bool) -> Array:
+    num_experts = w.shape[0]
+    contract = 1 if transpose else 0
+    width = w.shape[1] if transpose else w.shape[2]
+    blocks = x.reshape(-1, block, x.shape[1])
+
+    def one(item: tuple[Array, Array]) -> Array:
+        rows, expert = item
+
+        def multiply(rows: Array) -> Array:
+            matrix = lax.dynamic_index_in_dim(w, expert, keepdims=False)
+            sums = lax.dot_general(rows, matrix, (((1,), (contract,)), ((), ())), preferred_element_type=jnp.float32)
+            return sums.astype(rows.dtype)
+
+        return lax.cond(expert < num_experts, multiply, lambda rows: _zeros_like((block, width), rows), rows)
+
+    return lax.map(one, (blocks, block_experts(sizes, block, blocks.shape[0]))).reshape(-1, width)
+
+
+def _blocks_by_rows(x: Array, y: Array, sizes: Array, *, block: int) -> Array:
+    num_experts, width = sizes.shape[0], y.shape[1]
+    experts = block_experts(sizes, block, x.shape[0] // block)
+    pieces = _pieces(x.shape[1], width)
+
+    def piece(columns: Array) -> Array:
+        def add(sums: Array, item: tuple[Array, Array, Array]) -> tuple[Array, None]:
+            rows, others, expert = item
+
+            def multiply(sums: Array) -> Array:
+                product = lax.dot_general(rows, others, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+                return sums.at[expert].add(product, mode="promise_in_bounds")
+
+            return lax.cond(expert < num_experts, multiply, lambda sums: sums, sums), None
+
+        start = _zeros_like((num_experts, x.shape[1], width // pieces), x, jnp.float32)
+        items = (x.reshape(-1, block, x.shape[1]), columns.reshape(-1, block, width // pieces), experts)
+        return lax.scan(add, start, items)[0]
+
+    if pieces == 1:
+        return piece(y)
+    sums = lax.map(piece, jnp.moveaxis(y.reshape(-1, pieces, width // pieces), 1, 0))
+    return jnp.moveaxis(sums, 0, 2).reshape(num_experts, x.shape[1], width)
+
+
+def _pieces(rows: int, width: int) -> int:
+    """Into how many pieces, of whole columns, a float32 matrix is cut so that each stays in cache."""
+    wanted = -(-4 * rows * width // _PIECE_BYTES)
+    return next(count for count in range(min(wanted, width), width + 1) if width % count == 0)
+
+
+def _zeros_like(shape: tuple[int, ...], like: Array, dtype: Any = None) -> Array:
+    """Zeros that differ between the devices that `like` differs between (in shard_map)."""
+    zeros = jnp.zeros(shape, like.dtype if dtype is None else dtype)
+    varying = tuple(jax.typeof(like).manual_axis_type.varying)
+    return lax.pcast(zeros, varying, to="varying") if varying else zeros
+
+
+# Ragged dot -----------------------------------------------------------------------------------------------------------
+
+
+def _ragged_by_matrices(x: Array, w: Array, sizes: Array, *, transpose: bool) -> Array:
+    matrices = jnp.swapaxes(w, 1, 2) if transpose else w
+    y = lax.ragged_dot(x, matrices, sizes, preferred_element_type=jnp.float32).astype(x.dtype)
+    return _used(y, sizes)
+
+
+def _ragged_by_rows(x: Array, y: Array, sizes: Array) -> Array:
+    numbers = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+    )
+    return lax.ragged_dot_general(_used(x, sizes), y, sizes, numbers, preferred_element_type=jnp.float32)
+
+
+def _used(rows: Array, sizes: Array) -> Array:
+    """The rows of a group as they are, and zeros past the last, where implementations leave anything."""
+    return jnp.where((jnp.arange(rows.shape[0]) < jnp.sum(sizes))[:, None], rows, 0)
+
+
+# Megablox -------------------------------------------------------------------------------------------------------------
+
+
+def _megablox_by_matrices(x: Array, w: Array, sizes: Array, *, transpose: bool) -> Array:
+    from jax.experimental.pallas.ops.tpu.megablox import gmm
+
+    tiles = _tiles(x.shape[0], x.shape[1], w.shape[1] if transpose else w.shape[2])
+    return _used(gmm(x, w, sizes, x.dtype, tiles, transpose_rhs=transpose), sizes)
+
+
+def _megablox_by_rows(x: Array, y: Array, sizes: Array) -> Array:
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    return tgmm(x.T, y, sizes, jnp.float32, _tiles(x.shape[0], x.shape[1], y.shape[1]))
+
+
+def _tiles(rows: int, contraction: int, columns: int) -> tuple[int, int, int]:
+    """`_TILES`, cut to the problem; the kernel wants the rows in whole tiles."""
+    tile = next(size for size in (*(_TILES[0] >> shift for shift in range(7)), rows) if rows % size == 0)
+    return tile, min(_TILES[1], contraction), min(_TILES[2], columns)
