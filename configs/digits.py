@@ -86,6 +86,7 @@ def get_config() -> ml_collections.ConfigDict:
             "z_weight": 0.0,
         },
         "successive_halving": {
+            "over": "experts",
             "weights": {
                 "name": "boosted_softmax",
                 "boosted_softmax": {"base": 20.0},
@@ -105,6 +106,8 @@ def get_config() -> ml_collections.ConfigDict:
             "groups_per_token": 1,
             "sequence_weight": 1e-4,
         },
+        "relu": {"coefficient": 1e-8, "factor": 1.2, "balanced": True, "max_experts": 0},
+        "sinkhorn": {"iterations": 16, "temperature": 1.0, "gate": "softmax", "z_weight": 0.0},
         "expert_choice": {"z_weight": 0.0},
         # As many slots as the 128 tokens of a group.
         "soft": {"slots": 16, "normalize": False},

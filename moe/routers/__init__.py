@@ -3,7 +3,9 @@
 from moe.routers.base import Router
 from moe.routers.dense import Dense
 from moe.routers.expert_choice import ExpertChoice
+from moe.routers.relu import ReLU
 from moe.routers.sigmoid import Sigmoid
+from moe.routers.sinkhorn import Sinkhorn
 from moe.routers.soft import Soft
 from moe.routers.softmax import Softmax
 from moe.routers.sparse_topk import SparseTopK
@@ -15,6 +17,8 @@ ROUTERS: dict[str, type[Router]] = {
     "sparse_topk": SparseTopK,
     "successive_halving": SuccessiveHalving,
     "sigmoid": Sigmoid,
+    "relu": ReLU,
+    "sinkhorn": Sinkhorn,
     "expert_choice": ExpertChoice,
     "soft": Soft,
     "hash": Hash,
@@ -28,8 +32,10 @@ __all__ = [
     "ExpertChoice",
     "Hash",
     "Random",
+    "ReLU",
     "Router",
     "Sigmoid",
+    "Sinkhorn",
     "Soft",
     "Softmax",
     "SparseTopK",

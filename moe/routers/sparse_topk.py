@@ -1,6 +1,7 @@
-"""Sparse p-norm top-k, with the operator of Sander et al. 2023 (arXiv 2302.01425) as the choice of experts or tokens."""
+"""Sparse p-norm top-k: the operators of Sander et al. 2023 (arXiv 2302.01425) as the choice of experts or tokens."""
 
 import dataclasses
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -150,16 +151,16 @@ class SparseTopK:
         axis: int,
     ) -> Composed:
         """The composition, its mask of `preference_TE`; whose minus infinity stands for padding."""
-        settings = {"strength": strength, "p": self.p, "solver": self.solver, "axis": axis}
         if self.composition == "magnitude":
             gate_TE = jax.nn.relu(logits_TE) if self.gate == "relu" else jax.nn.softmax(logits_TE)
             gate_TE = jnp.where(preference_TE == -jnp.inf, 0.0, gate_TE)
-            weight_TE = topk.magnitude(gate_TE, k, **settings)
+            magnitude = partial(topk.magnitude, k=k, strength=strength, p=self.p, solver=self.solver, axis=axis)
+            weight_TE = magnitude(gate_TE)
             fixed_TE = jax.lax.stop_gradient(gate_TE)
-            shrunk_TE = topk.magnitude(fixed_TE, k, rescale=False, **settings)
+            shrunk_TE = magnitude(fixed_TE, rescale=False)
             full_TE = (jax.lax.stop_gradient(weight_TE) == fixed_TE) & (fixed_TE > 0)
             return Composed(_shares(shrunk_TE, full_TE, k, axis), weight_TE, weight_TE)
-        mask_TE = topk.mask(preference_TE, k, **settings)
+        mask_TE = topk.mask(preference_TE, k, strength=strength, p=self.p, solver=self.solver, axis=axis)
         if self.composition == "mask":
             return Composed(mask_TE, mask_TE, mask_TE)
         return Composed(mask_TE, mask_TE * jax.nn.softmax(logits_TE), mask_TE)

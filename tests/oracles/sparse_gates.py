@@ -76,7 +76,32 @@ def _composed(
 
 
 def queue_of_experts(weight_TE: ArrayLike, selected_TE: ArrayLike, most: int) -> Rows:
-    """Rows in use only: each expert's `most` heaviest selected tokens, all experts' first tokens before their second."""
+    """Rows in use only: each expert's `most` heaviest selected tokens, all first tokens before all second ones."""
     by_token = queue(np.asarray(weight_TE).T, np.asarray(selected_TE).T, most)
     used = by_token.valid
     return Rows(by_token.expert[used], by_token.token[used], by_token.weight[used], used[used], by_token.choices)
+
+
+def relu_weights(logits_TE: ArrayLike) -> Float[np.ndarray, "T E"]:
+    """ReMoE (arXiv 2412.14711, section 3.1): relu(logits), whose zeros are the experts that a token doesn't have."""
+    return np.maximum(np.asarray(logits_TE, np.float64), 0.0)
+
+
+def relu_l1(logits_TE: ArrayLike, k: int, balanced: bool) -> float:
+    """ReMoE eq. 8 (plain) or 9-10 (balanced) for one layer: 1/T Σ_t Σ_e f_e relu(logit_te).
+
+    f_e is 1, or E/(k T) times the number of tokens with a positive logit for e.
+    """
+    gate_TE = relu_weights(logits_TE)
+    num_tokens, num_experts = gate_TE.shape
+    total = 0.0
+    for e in range(num_experts):
+        f = num_experts / (k * num_tokens) * sum(gate_TE[:, e] > 0) if balanced else 1.0
+        total += f * sum(gate_TE[:, e])
+    return float(total / num_tokens)
+
+
+def updated_coefficient(coefficient: float, active: float, k: int, num_experts: int, factor: float) -> float:
+    """ReMoE eq. 7: λ α^sign((1 - k/E) - S), where S = 1 - active / E is the sparsity."""
+    difference = (1.0 - k / num_experts) - (1.0 - active / num_experts)
+    return coefficient * factor ** float(np.sign(difference))

@@ -31,6 +31,8 @@ COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 # Where who gets which expert doesn't follow the logits, or where one token's experts depend on its neighbours.
 WITHOUT_LOGITS = {"hash", "random"}
 ACROSS_TOKENS = {"expert_choice", "soft"}
+# Which may give a token fewer than k experts, so that k = E isn't a mixture of all.
+BELOW_K = {"relu"}
 
 
 class Run(NamedTuple):

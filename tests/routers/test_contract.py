@@ -11,6 +11,7 @@ import pytest
 from moe.routers import ROUTERS, Router
 from moe.types import Assignments, Keys, Layout, PyTree, RouterInputs, Slots
 from tests.routers.helpers import (
+    BELOW_K,
     COMPILER_OPTIONS,
     EXAMPLES,
     EXPERTS,
@@ -143,7 +144,7 @@ def test_one_expert_or_all_of_them(name: str, num_experts: int, k: int) -> None:
     for logits in (unbalanced_logits(num_experts=num_experts), np.zeros((TOKENS, num_experts), np.float32)):
         got = ask(name, logits, example_keys(), k=k)
         assert_finite(got)
-        if make(name, k).k == k:
+        if make(name, k).k == k and name not in BELOW_K:
             assert (got.weights.sum(axis=-1) > 0).all()
 
 
