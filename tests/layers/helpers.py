@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 from moe.layers.moe import Moe, MoeConfig, MoeOutput
 from moe.parallel.mesh import MeshConfig, make_mesh
 from moe.routers import Router
-from moe.types import Keys, PyTree
+from moe.types import Assignments, Keys, Layout, PyTree, RouterInputs, Slots
 from tests.oracles import routing as oracle
 from tests.routers.helpers import COMPILER_OPTIONS
 
@@ -82,3 +82,27 @@ class Weights(NamedTuple):
         experts = oracle.Experts(matrices["w_in"], matrices["w_out"], w_gate_EDF=matrices["w_gate"])
         gate_DE = np.asarray(layer.w_gate[...], np.float64)
         return cls(np.asarray(x, np.float64).reshape(GROUPS, TOKENS, WIDTH), gate_DE, experts)
+
+
+def routed_groups(layer: Moe, x: np.ndarray, keys: Keys | None) -> list[Assignments | Slots]:
+    """What the layer's own router says to each group."""
+    logits_GTE = jnp.asarray(x.reshape(GROUPS, TOKENS, WIDTH) @ np.asarray(layer.w_gate[...]))
+    keys_G = [None] * GROUPS if keys is None else list(keys.reshape(GROUPS, GROUP))
+    params, state = layer.router.init(EXPERTS)
+    ids_T, mask_T, layout = jnp.arange(TOKENS) % LENGTH, jnp.ones(TOKENS, bool), Layout(EXPERTS, GROUP)
+    inputs = [
+        RouterInputs(logits_TE, jnp.asarray(x_TD), ids_T, mask_T, layer.w_gate[...], layout)
+        for logits_TE, x_TD in zip(logits_GTE, x.reshape(GROUPS, TOKENS, WIDTH), strict=True)
+    ]
+    route = jax.jit(layer.router, compiler_options=COMPILER_OPTIONS)
+    return [route(params, one, state, key).routing for one, key in zip(inputs, keys_G, strict=True)]
+
+
+def soft_slots_layer(weights: Weights, g: int, slots: Slots) -> np.ndarray:
+    """Σ_ec combine_tec expert_e(Σ_t dispatch_tec x_t)."""
+    dispatch, combine = (np.asarray(leaf, np.float64) for leaf in slots)
+    x_ECD = np.einsum("tec,td->ecd", dispatch, weights.x_GTD[g])
+    y_ECD = np.array(
+        [[oracle.expert(weights.experts, e, x_D, oracle.silu) for x_D in x_CD] for e, x_CD in enumerate(x_ECD)]
+    )
+    return np.einsum("tec,ecd->td", combine, y_ECD)
