@@ -17,7 +17,7 @@ _WIRES = 32
 # A group keeps at most this many; if more are wanted, counting bit by bit is no slower.
 _MAX_KEPT = _WIRES // 2
 # Comparators between two stores. Fewer write more; more compute what several outputs share once for each of them.
-_LAYERS_AT_ONCE = 2
+_LAYERS_AT_ONCE = 3
 
 
 def kth_largest(entries: Float[Array, "a n c"], k: Any, axes: tuple[int, ...], fence: Fence) -> Float[Array, "#a 1 #c"]:
@@ -46,16 +46,18 @@ def _largest(values: Sequence[Array], k: int, fence: Fence) -> list[Array]:
     """The k largest values, elementwise, the k-th last. A NaN survives every comparison, and reaches the k-th."""
     network = networks.select(len(values), k)
     layers = network.layers()
-    wires = list(values)
+    wires = dict(enumerate(values))
     for first in range(0, len(layers), _LAYERS_AT_ONCE):
-        wires = fence(functools.partial(_compare, layers=layers[first : first + _LAYERS_AT_ONCE]), wires)
+        comparators = list(itertools.chain.from_iterable(layers[first : first + _LAYERS_AT_ONCE]))
+        touched = {wire: wires[wire] for wire in itertools.chain.from_iterable(comparators)}
+        wires |= fence(functools.partial(_compare, comparators=comparators), touched)
     return [wires[i] for i in network.order[:k]]
 
 
-def _compare(wires: Sequence[Array], *, layers: Sequence[Sequence[tuple[int, int]]]) -> list[Array]:
+def _compare(wires: dict[int, Array], *, comparators: Sequence[tuple[int, int]]) -> dict[int, Array]:
     """Apply comparators, which leave the larger of two values on the first wire."""
-    wires = list(wires)
-    for i, j in itertools.chain.from_iterable(layers):
+    wires = dict(wires)
+    for i, j in comparators:
         wires[i], wires[j] = jnp.maximum(wires[i], wires[j]), jnp.minimum(wires[i], wires[j])
     return wires
 

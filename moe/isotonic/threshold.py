@@ -153,8 +153,8 @@ def _crossing_of_long(
 
     def keep_bit(step: Array, found: Array) -> Array:
         candidate = found + (jnp.ones((), found.dtype) << (bits - 1 - step).astype(found.dtype))
-        z = pnorm.unit_clip(heights(from_ordered_integers(candidate, entries.dtype)))
-        return jnp.where(add_up(_masks(z, r), axes) >= wanted, candidate, found)
+        total = add_up(_masks(heights(from_ordered_integers(candidate, entries.dtype)), r), axes)
+        return jnp.where(total >= wanted, candidate, found)
 
     like = ordered_integers(entries[:, :1, :1])
     lowest = vary_like(jnp.full_like(like, jnp.iinfo(like.dtype).min), entries)
@@ -194,16 +194,17 @@ class _Equation(NamedTuple):
         """(1 + kappa beta)^(-1/r)."""
         return jnp.ones_like(beta) if self.kappa is None else 1 / pnorm.root(1 + self.kappa * beta, self.r)
 
-    def z(self, beta: Float[Array, "#a 1 #c"]) -> Float[Array, "a n c"]:
-        """m^(1/r)."""
+    def above(self, beta: Float[Array, "#a 1 #c"]) -> Float[Array, "a n c"]:
+        """What is to be clipped to [0, 1] for m^(1/r)."""
         above = self.heights - beta
-        return pnorm.unit_clip(above if self.kappa is None else above * self.factor(beta))
+        return above if self.kappa is None else above * self.factor(beta)
 
 
-def _masks(z: Float[Array, "a n c"], r: float | int) -> Float[Array, "a n c"]:
-    """m from z = m^(1/r)."""
-    # In [0, 1] without the clip; but jaxlib 0.10 on CPU takes twenty times as long for sums over what is a product.
-    return z if r == 1 else pnorm.unit_clip(pnorm.power(z, r))
+def _masks(above: Float[Array, "a n c"], r: float | int) -> Float[Array, "a n c"]:
+    """clip(above, 0, 1)^r."""
+    # Clipped last, since jaxlib 0.10 on CPU takes twenty times as long for sums over what is a product.
+    base = above if r == 1 or r == 3 else jnp.maximum(above, 0)
+    return pnorm.unit_clip(pnorm.power(base, r))
 
 
 def _bisect(equation: _Equation, steps: int) -> tuple[Array, Array]:
@@ -212,7 +213,7 @@ def _bisect(equation: _Equation, steps: int) -> tuple[Array, Array]:
     def halve(_: Array, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
         near, far = bracket
         middle = 0.5 * (near + far)
-        total = add_up(_masks(equation.z(equation.at(middle)), equation.r), equation.axes)
+        total = add_up(_masks(equation.above(equation.at(middle)), equation.r), equation.axes)
         above = total >= equation.k
         return jnp.where(above, middle, near), jnp.where(above, far, middle)
 
@@ -228,7 +229,7 @@ def _polish(equation: _Equation, near: Array, far: Array, steps: int) -> tuple[A
 
     def step(_: Array, state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         near, far, beta, _ = state
-        z = equation.z(beta)
+        z = pnorm.unit_clip(equation.above(beta))
         # Of the clipped entries those at 0 have no slope of their own but for p = 2.
         slopes = ((z > 0) & (z < 1)).astype(z.dtype) if r == 1 else jnp.where(z < 1, pnorm.power(z, r - 1), 0)
         slope = r * add_up(slopes, axes)
