@@ -108,6 +108,14 @@ def get_config() -> ml_collections.ConfigDict:
         },
         "relu": {"coefficient": 1e-8, "factor": 1.2, "balanced": True, "max_experts": 0},
         "sinkhorn": {"iterations": 16, "temperature": 1.0, "gate": "softmax", "z_weight": 0.0},
+        "dselect_k": {
+            "width": 8.0,
+            "max_experts": 0,
+            "selector_entropy_weight": 1e-3,
+            "reach_weight": 1e-3,
+            "importance_weight": 0.0,
+        },
+        "sparse_transport": {"strength": 1.0, "iterations": 20, "z_weight": 0.0},
         "expert_choice": {"z_weight": 0.0},
         # As many slots as the 128 tokens of a group.
         "soft": {"slots": 16, "normalize": False},

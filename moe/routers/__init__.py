@@ -2,6 +2,7 @@
 
 from moe.routers.base import Router
 from moe.routers.dense import Dense
+from moe.routers.dselect_k import DSelectK
 from moe.routers.expert_choice import ExpertChoice
 from moe.routers.relu import ReLU
 from moe.routers.sigmoid import Sigmoid
@@ -9,6 +10,7 @@ from moe.routers.sinkhorn import Sinkhorn
 from moe.routers.soft import Soft
 from moe.routers.softmax import Softmax
 from moe.routers.sparse_topk import SparseTopK
+from moe.routers.sparse_transport import SparseTransport
 from moe.routers.successive_halving import SuccessiveHalving
 from moe.routers.unlearned import Hash, Random
 
@@ -19,6 +21,8 @@ ROUTERS: dict[str, type[Router]] = {
     "sigmoid": Sigmoid,
     "relu": ReLU,
     "sinkhorn": Sinkhorn,
+    "sparse_transport": SparseTransport,
+    "dselect_k": DSelectK,
     "expert_choice": ExpertChoice,
     "soft": Soft,
     "hash": Hash,
@@ -28,6 +32,7 @@ ROUTERS: dict[str, type[Router]] = {
 
 __all__ = [
     "ROUTERS",
+    "DSelectK",
     "Dense",
     "ExpertChoice",
     "Hash",
@@ -39,5 +44,6 @@ __all__ = [
     "Soft",
     "Softmax",
     "SparseTopK",
+    "SparseTransport",
     "SuccessiveHalving",
 ]

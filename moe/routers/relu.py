@@ -16,16 +16,16 @@ from moe.types import Keys, PyTree, Routed, RouterInputs
 class ReLU:
     """Every expert with a positive logit is active, with relu(logit) as its combine weight: continuous everywhere.
 
-    2412.14711, section 3.1. A token may have any number of experts, none included. The L1 loss on the gate (eq. 8)
+    2412.14711, section 3. A token may have any number of experts, none included. The L1 loss on the gate
     brings the mean to k: its coefficient is multiplied by `factor` after a step with more than k experts per token on
-    average, that is with a sparsity below 1 - k/E, and divided by it after one with fewer (eq. 7). The coefficient is
+    average, that is with a sparsity below 1 - k/E, and divided by it after one with fewer. The coefficient is
     state, one per layer, where the paper has one for all layers. The state holds the experts per token of the last
     step beside it, and the multiplication happens when the next step begins, on those of the whole batch.
 
     k: experts per token, on average, once the coefficient has found its level.
     coefficient: λ_0, at the start; `factor` is the paper's α.
     balanced: weigh each expert's L1 by its share of the load over the mean share, E/(k T) times its active tokens,
-        which also balances the load (eq. 9-10); the shares have no gradient.
+        which also balances the load; the shares have no gradient.
     max_experts: in training, the most experts that a token may have, its heaviest; the rest counts as overflow. 0 is E.
 
     The loss `l1` is coefficient × the mean over tokens of Σ_e share_e · relu(logit_e). Metrics: l1 without the
@@ -79,7 +79,7 @@ class ReLU:
 def updated_coefficient(
     coefficient: Float[Array, ""], active: Float[Array, ""], k: int, factor: float
 ) -> Float[Array, ""]:
-    """2412.14711, eq. 7: coefficient · factor^sign(active - k), as the target sparsity is 1 - k/E.
+    """2412.14711, section 3: coefficient · factor^sign(active - k), as the target sparsity is 1 - k/E.
 
     Not beyond the range of float32, which a gate that never meets its target would leave.
     """

@@ -83,12 +83,12 @@ def queue_of_experts(weight_TE: ArrayLike, selected_TE: ArrayLike, most: int) ->
 
 
 def relu_weights(logits_TE: ArrayLike) -> Float[np.ndarray, "T E"]:
-    """ReMoE (arXiv 2412.14711, section 3.1): relu(logits), whose zeros are the experts that a token doesn't have."""
+    """ReMoE (arXiv 2412.14711, section 3): relu(logits), whose zeros are the experts that a token doesn't have."""
     return np.maximum(np.asarray(logits_TE, np.float64), 0.0)
 
 
 def relu_l1(logits_TE: ArrayLike, k: int, balanced: bool) -> float:
-    """ReMoE eq. 8 (plain) or 9-10 (balanced) for one layer: 1/T Σ_t Σ_e f_e relu(logit_te).
+    """ReMoE, section 3, plain or load-balanced, for one layer: 1/T Σ_t Σ_e f_e relu(logit_te).
 
     f_e is 1, or E/(k T) times the number of tokens with a positive logit for e.
     """
@@ -102,6 +102,32 @@ def relu_l1(logits_TE: ArrayLike, k: int, balanced: bool) -> float:
 
 
 def updated_coefficient(coefficient: float, active: float, k: int, num_experts: int, factor: float) -> float:
-    """ReMoE eq. 7: λ α^sign((1 - k/E) - S), where S = 1 - active / E is the sparsity."""
+    """ReMoE, section 3: λ α^sign((1 - k/E) - S), where S = 1 - active / E is the sparsity."""
     difference = (1.0 - k / num_experts) - (1.0 - active / num_experts)
     return coefficient * factor ** float(np.sign(difference))
+
+
+def smooth_step(x: float, width: float) -> float:
+    """DSelect-k (arXiv 2106.03760, section 3): 0 below -γ/2, 1 above γ/2, -2 x³/γ³ + 3/2 x/γ + 1/2 between."""
+    if abs(x) >= width / 2:
+        return float(x > 0)
+    return -2.0 / width**3 * x**3 + 1.5 / width * x + 0.5
+
+
+def dselect_k_selectors(
+    logits_TX: ArrayLike, k: int, num_experts: int, width: float
+) -> tuple[Float[np.ndarray, "T K E"], Float[np.ndarray, "T K"]]:
+    """DSelect-k (arXiv 2106.03760, section 3), per example: selectors' weights of experts, and the selectors' weights.
+
+    The first k · ⌈log2 E⌉ logits are the selectors' bits, the bit of 2^0 first; the last k those of the mixture.
+    """
+    logits_TX = np.asarray(logits_TX, np.float64)
+    bits = math.ceil(math.log2(num_experts))
+    selectors_TKE = np.ones((len(logits_TX), k, num_experts))
+    for t, logits_X in enumerate(logits_TX):
+        for selector in range(k):
+            for e in range(num_experts):
+                for bit in range(bits):
+                    step = smooth_step(logits_X[selector * bits + bit], width)
+                    selectors_TKE[t, selector, e] *= step if e // 2**bit % 2 else 1.0 - step
+    return selectors_TKE, softmax(logits_TX[:, k * bits :])

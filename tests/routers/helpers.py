@@ -28,11 +28,11 @@ with_and_without_padding = pytest.mark.parametrize(
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 
 
-# Where who gets which expert doesn't follow the logits, or where one token's experts depend on its neighbours.
-WITHOUT_LOGITS = {"hash", "random"}
-ACROSS_TOKENS = {"expert_choice", "soft"}
+# Where who gets which expert doesn't follow a logit per expert, or where one token's experts depend on its neighbours.
+WITHOUT_LOGITS = {"hash", "random", "dselect_k"}
+ACROSS_TOKENS = {"expert_choice", "soft", "sparse_transport"}
 # Which may give a token fewer than k experts, so that k = E isn't a mixture of all.
-BELOW_K = {"relu"}
+BELOW_K = {"relu", "dselect_k", "sparse_transport"}
 
 
 class Run(NamedTuple):

@@ -51,9 +51,14 @@ def make(name: str, k: int | None = None) -> Router:
     return dataclasses.replace(router, **changes)
 
 
-def inputs_for(logits: np.ndarray, mask_T: np.ndarray | None = None, order_T: np.ndarray | None = None) -> RouterInputs:
-    """Logits with what some routers look at beside them: representations and ids, which `order_T` rearranges."""
+def inputs_for(
+    router: Router, logits: np.ndarray, mask_T: np.ndarray | None = None, order_T: np.ndarray | None = None
+) -> RouterInputs:
+    """Logits, repeated to as many as the router wants, with what some routers look at beside them: representations and
+    ids, which `order_T` rearranges.
+    """
     num_tokens, num_experts = logits.shape
+    logits = logits[:, np.arange(router.num_logits(num_experts)) % num_experts]
     tokens_TD = np.random.default_rng(4).normal(size=(num_tokens, 6)).astype(np.float32)
     ids_T = np.arange(num_tokens, dtype=np.int32) % 7
     order_T = np.arange(num_tokens) if order_T is None else order_T
@@ -77,7 +82,7 @@ def ask(
 ) -> Run:
     router = make(name, k)
     params, state = variables(router, logits.shape[1])
-    inputs = inputs_for(logits, mask_T, order_T)
+    inputs = inputs_for(router, logits, mask_T, order_T)
     return run(router, params, inputs, state, keys, readout_for(np.asarray(logits, np.float32)))
 
 
@@ -152,7 +157,7 @@ def test_one_expert_or_all_of_them(name: str, num_experts: int, k: int) -> None:
 def test_bf16_logits_are_routed_in_float32(name: str) -> None:
     router, rounded, keys = make(name), jnp.asarray(unbalanced_logits(), jnp.bfloat16), example_keys()
     params, state = variables(router, EXPERTS)
-    low, low_weights = route(router, params, inputs_for(rounded), state, keys)
+    low, low_weights = route(router, params, inputs_for(router, rounded), state, keys)
     full = ask(name, np.asarray(rounded, np.float32), keys)
     assert_same((low, low_weights), (full.routed, full.weights), rtol=1e-6)
 
@@ -202,12 +207,12 @@ def test_padding_is_not_routed_and_changes_nothing(name: str, training: bool) ->
 def test_groups_side_by_side_are_groups_one_by_one(name: str) -> None:
     router, keys = make(name), jnp.stack([example_keys(), example_keys()[::-1]])
     params, state = variables(router, EXPERTS)
-    groups = [inputs_for(unbalanced_logits(seed), mask_T) for seed, mask_T in ((0, None), (1, PADDED))]
+    groups = [inputs_for(router, unbalanced_logits(seed), mask_T) for seed, mask_T in ((0, None), (1, PADDED))]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *groups)
     side_by_side = jax.vmap(router, in_axes=(None, 0, None, 0))
     together = jax.jit(side_by_side, compiler_options=COMPILER_OPTIONS)(params, stacked, state, keys)
     for index, one in enumerate(groups):
-        alone = run(router, params, one, state, keys[index], readout_for(one.logits)).routed
+        alone = run(router, params, one, state, keys[index], readout_for(unbalanced_logits())).routed
         assert_same(jax.tree.map(lambda leaf, index=index: leaf[index], together), alone)
 
 
