@@ -26,8 +26,8 @@ def make_layer(router: Router, config: MoeConfig = CONFIG, seed: int = 0, activa
     """A layer whose gate prefers the first experts, so that queues overflow."""
     layer = Moe(WIDTH, config, router, activation, key=jax.random.key(seed))
     rng = np.random.default_rng(seed)
-    gate = rng.normal(size=(WIDTH, config.num_experts))
-    gate[0] += np.linspace(2, -1, config.num_experts)
+    gate = rng.normal(size=layer.w_gate.shape)
+    gate[0] += np.linspace(2, -1, gate.shape[1])
     layer.w_gate[...] = jnp.asarray(gate, jnp.float32)
     return layer
 
