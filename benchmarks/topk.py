@@ -10,6 +10,7 @@ pruning   n = 10^6, k = 10^5: time, and how far the sum is from k; beside entmax
 """
 
 import functools
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -137,6 +138,8 @@ def pruning(quick: bool, clock: Clock) -> list[Row]:
 
 def entmax(x: np.ndarray, k: int, gradient: bool) -> dict[str, Callable[[jax.Array], Any]]:
     """entmax.budget_bisect at 24 steps, which is the same mask (p = 2, strength 1); {} where it isn't installed."""
+    # Otherwise its threads go on spinning into the time of whatever runs next. Read when the library is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         import torch
         from entmax import budget_bisect

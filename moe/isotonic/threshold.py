@@ -28,6 +28,8 @@ from moe.isotonic.selection import add_up, from_ordered_integers, kth_largest, o
 from moe.types import Solution
 
 _MAX_KAPPA = 1e30
+# Within a few floats of the solution the first step is exact but for rounding.
+_NEWTON_OF_LONG = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +167,7 @@ def _crossing_of_long(
     equation = _Equation(heights(center), wanted, None, r, axes)
     # The last bits are within the rounding of a long sum; Newton's method, which counts ones apart, may differ.
     reach = 4 * (following - center) * scale
-    beta, step = _polish(equation, -reach, reach, solver.newton)
+    beta, step = _polish(equation, -reach, reach, min(solver.newton, _NEWTON_OF_LONG))
     above = equation.heights > 0
     hard = add_up(above.astype(entries.dtype), axes) <= wanted
     lowest_selected = jnp.min(jnp.where(above, entries - center, jnp.inf), axis=axes, keepdims=True)
