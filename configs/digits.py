@@ -109,9 +109,9 @@ def get_config() -> ml_collections.ConfigDict:
         "relu": {"coefficient": 1e-8, "factor": 1.2, "balanced": True, "max_experts": 0},
         "sinkhorn": {"iterations": 16, "temperature": 1.0, "gate": "softmax", "z_weight": 0.0},
         "dselect_k": {
-            "width": 8.0,
+            "width": 2.0,
             "max_experts": 0,
-            "selector_entropy_weight": 1e-3,
+            "selector_entropy_weight": 0.01,
             "reach_weight": 1e-3,
             "importance_weight": 0.0,
         },

@@ -37,9 +37,9 @@ class DSelectK:
     """
 
     k: int = 2
-    width: float = 8.0
+    width: float = 2.0
     max_experts: int = 0
-    selector_entropy_weight: float = 1e-3
+    selector_entropy_weight: float = 0.01
     reach_weight: float = 1e-3
     importance_weight: float = 0.0
 
