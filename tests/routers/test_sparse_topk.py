@@ -11,10 +11,12 @@ from moe.types import PyTree, RouterInputs
 from tests.oracles import operators, sparse_gates
 from tests.oracles import routing as oracle
 from tests.routers.helpers import (
+    COMPILER_OPTIONS,
     EXPERTS,
     TOKENS,
     Expected,
     assert_matches_oracle,
+    effective_weights,
     example_keys,
     readout_for,
     route,
@@ -105,10 +107,11 @@ def test_a_learned_strength_starts_where_it_is_set_and_has_the_oracles_gradient(
     params, state = router.init(EXPERTS)
 
     def total(params: PyTree) -> jax.Array:
-        routed, weights = route(router, params, RouterInputs(jnp.asarray(logits_TE)), state, example_keys())
-        return sum(routed.losses.values(), jnp.sum(weights[..., 0] * readout_TE))
+        routed = router(params, RouterInputs(jnp.asarray(logits_TE)), state, example_keys())
+        weights_TE = effective_weights(routed.routing, TOKENS, EXPERTS)[..., 0]
+        return sum(routed.losses.values(), jnp.sum(weights_TE * readout_TE))
 
-    value, gradient = jax.value_and_grad(total)(params)
+    value, gradient = jax.jit(jax.value_and_grad(total), compiler_options=COMPILER_OPTIONS)(params)
     np.testing.assert_allclose(value, ask(router, logits_TE, None).total(readout_TE), rtol=1e-5)
     numerical = operators.numerical_jacobian(
         lambda log: ask(router, logits_TE, None, strength=float(np.exp(log[0]))).total(readout_TE), [np.log(0.8)]
