@@ -95,16 +95,39 @@ def assert_same(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
     jax.tree_util.tree_map_with_path(one, actual, expected)
 
 
-# Every mesh for one router, one mesh for every other: they differ before the dispatch, which is where meshes do.
+# Every mesh for the main routers, one mesh for every other: they differ before the dispatch, which is where meshes do.
+MAIN_ROUTERS = ("softmax", "sparse_topk", "successive_halving")
+
+
 @pytest.mark.parametrize(
     ("mesh", "router"),
-    [(mesh, "softmax") for mesh in MESHES] + [("data=2,expert=4", name) for name in ROUTERS if name != "softmax"],
+    [(mesh, name) for mesh in MESHES for name in MAIN_ROUTERS]
+    + [("data=2,expert=4", name) for name in ROUTERS if name not in MAIN_ROUTERS],
 )
 def test_the_mesh_changes_neither_losses_nor_gradients(mesh: str, router: str) -> None:
     config = dataclasses.replace(one_device(router), mesh=MESHES[mesh])
     actual = run(config)
     for part in ("gradient", "metrics", "router_state"):
         assert_same(actual[part], reference(router)[part])
+
+
+@functools.cache
+def dropless(mesh: str | None) -> dict[str, Any]:
+    moe = dataclasses.replace(CONFIG.moe, capacity_factor=0.0)
+    return run(dataclasses.replace(CONFIG, moe=moe, mesh=MESHES[mesh] if mesh else MeshConfig(data=1)))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_without_capacity_the_mesh_changes_nothing_either(mesh: str) -> None:
+    for part in ("gradient", "metrics"):
+        assert_same(dropless(mesh)[part], dropless(None)[part])
+
+
+def test_without_capacity_is_with_more_than_enough() -> None:
+    enough = dataclasses.replace(CONFIG.moe, capacity_factor=CONFIG.moe.num_experts / CONFIG.router.k)
+    expected = run(dataclasses.replace(CONFIG, moe=enough, mesh=MeshConfig(data=1)))
+    for part in ("gradient", "metrics"):
+        assert_same(dropless(None)[part], expected[part])
 
 
 @pytest.mark.parametrize("mesh", MESHES)

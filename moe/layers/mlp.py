@@ -3,11 +3,11 @@
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from moe.layers.param import matrix
+from moe.parallel.dispatch import Product, batched_product
 from moe.parallel.mesh import Axes
 
 Activation = Literal["gelu", "swiglu"]
@@ -16,18 +16,17 @@ Weights = dict[str, Float[Array, "..."]]
 WEIGHT_AXES: dict[str, Axes] = {"w_in": ("embed", "mlp"), "w_gate": ("embed", "mlp"), "w_out": ("mlp", "embed")}
 
 
-def mlp(weights: Weights, x: Float[Array, "*e n D"], activation: Activation) -> Float[Array, "*e n D"]:
+def mlp(
+    weights: Weights, x: Float[Array, "*e n D"], activation: Activation, product: Product = batched_product
+) -> Float[Array, "*e n D"]:
     """gelu: gelu(x w_in) w_out. swiglu (2002.05202): (silu(x w_gate) * x w_in) w_out. No biases.
 
-    w_in, w_gate [*e, D, F], w_out [*e, F, D]; computed in x's dtype, sums in float32.
+    w_in, w_gate [*e, D, F], w_out [*e, F, D]; computed in x's dtype, sums in float32. product(x, w): x times a matrix,
+    or times that of each row's expert.
     """
-
-    def product(a: Array, name: str) -> Array:
-        return jnp.matmul(a, weights[name].astype(a.dtype), preferred_element_type=jnp.float32).astype(a.dtype)
-
-    hidden = product(x, "w_in")
-    hidden = jax.nn.silu(product(x, "w_gate")) * hidden if activation == "swiglu" else jax.nn.gelu(hidden)
-    return product(hidden, "w_out")
+    hidden = product(x, weights["w_in"])
+    hidden = jax.nn.silu(product(x, weights["w_gate"])) * hidden if activation == "swiglu" else jax.nn.gelu(hidden)
+    return product(hidden, weights["w_out"])
 
 
 def init_mlp(

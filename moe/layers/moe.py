@@ -26,7 +26,7 @@ class MoeConfig:
     num_experts: E. expert_width: F, hidden width of one expert.
     group_size: examples routed together; capacity, priority and losses are per group. 0: the whole micro-batch.
     capacity_factor: in training an expert has ⌈factor·T·k/E⌉ slots per group of T tokens, rounded up to a multiple of
-        4; evaluation never drops a token. 0: neither does training.
+        4. 0: nothing is dropped, and the work follows the choices made.
     evaluation_capacity_factor: the same for evaluation, whose default 0 drops nothing.
     balance_scope: over which tokens routers with a balance loss ask for balance: each sequence (example), each group,
         or the batch, that is all groups of a micro-batch, on whatever devices they are. Under gradient accumulation
@@ -117,7 +117,7 @@ class Moe(nnx.Module):
 
         weight_axes: dict[str, Axes] = {name: ("expert", *WEIGHT_AXES[name]) for name in self.experts}
         y_GTD, kept_G = dispatch(
-            lambda weights, x: mlp(weights, x, self.activation),
+            lambda weights, x, product: mlp(weights, x, self.activation, product),
             {name: w[...] for name, w in self.experts.items()},
             weight_axes,
             x_GTD,
@@ -138,10 +138,10 @@ class Moe(nnx.Module):
     def _router_variables(self) -> tuple[PyTree, PyTree]:
         return self.router_params, self.router_state
 
-    def _capacity(self, num_tokens: int, *, training: bool) -> int:
+    def _capacity(self, num_tokens: int, *, training: bool) -> int | None:
         factor = self.config.capacity_factor if training else self.config.evaluation_capacity_factor
         if not factor:
-            return num_tokens
+            return None
         k = self.config.num_experts if self.router.k is None else self.router.k
         return capacity(factor, num_tokens, k, self.config.num_experts)
 

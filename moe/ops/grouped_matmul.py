@@ -46,7 +46,9 @@ def grouped_matmul(
         raise ValueError(f"block = {block} must be positive and divide the {x_NX.shape[0]} rows.")
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation = {implementation!r} must be None or one of {', '.join(IMPLEMENTATIONS)}.")
-    return _product(x_NX, w_EXY.astype(x_NX.dtype), sizes_E, block, implementation)
+    # In shard_map, what the rows' devices add to a matrix's gradient is summed where the matrix came to vary.
+    x_NX, w_EXY = _vary_alike(x_NX, w_EXY.astype(x_NX.dtype))
+    return _product(x_NX, w_EXY, sizes_E, block, implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -166,9 +168,14 @@ def _pieces(rows: int, width: int) -> int:
 
 def _zeros_like(shape: tuple[int, ...], like: Array, dtype: Any = None) -> Array:
     """Zeros that differ between the devices that `like` differs between (in shard_map)."""
-    zeros = jnp.zeros(shape, like.dtype if dtype is None else dtype)
-    varying = tuple(jax.typeof(like).manual_axis_type.varying)
-    return lax.pcast(zeros, varying, to="varying") if varying else zeros
+    return _vary_alike(jnp.zeros(shape, like.dtype if dtype is None else dtype), like)[0]
+
+
+def _vary_alike(*arrays: Array) -> list[Array]:
+    """Mark all arrays as differing between the devices that any of them differs between (in shard_map)."""
+    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    missing = [tuple(frozenset().union(*varying) - axes) for axes in varying]
+    return [lax.pcast(a, axes, to="varying") if axes else a for a, axes in zip(arrays, missing, strict=True)]
 
 
 # Ragged dot -----------------------------------------------------------------------------------------------------------

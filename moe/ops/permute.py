@@ -59,6 +59,41 @@ def fill_queues(
     return queues, jnp.sum(seated_N, dtype=jnp.int32)
 
 
+class Grouped(NamedTuple):
+    """N rows sorted by expert into P places; each expert's part is padded to whole blocks.
+
+    source: the row in each place, N where it is padding. place: the place of each row, P where it isn't valid.
+    sizes: places of each expert, multiples of the block. Places past the last expert's are padding.
+    """
+
+    source: Int[Array, "P"]
+    place: Int[Array, "N"]
+    sizes: Int[Array, "E"]
+
+
+def group_rows(expert_N: Int[Array, "N"], valid_N: Bool[Array, "N"], num_experts: int, block: int) -> Grouped:
+    """Sorts the valid rows by expert, in their order, into P = (⌊N / block⌋ + E) block places."""
+    num_rows = expert_N.shape[0]
+    num_places = (num_rows // block + num_experts) * block
+    count_E = jnp.sum(jax.nn.one_hot(expert_N, num_experts, dtype=jnp.int32) * valid_N[:, None], axis=0)
+    sizes_E = -(-count_E // block) * block
+    start_E = jnp.cumsum(sizes_E) - sizes_E
+    place_N = jnp.where(valid_N, start_E[expert_N] + places(expert_N, valid_N, num_experts), num_places)
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    source_P = jnp.full(num_places, num_rows, jnp.int32).at[place_N].set(rows, mode="drop")
+    return Grouped(source_P, place_N, sizes_E)
+
+
+def send_queues(shard_N: Int[Array, "N"], valid_N: Bool[Array, "N"], num_shards: int) -> Grouped:
+    """Deals the valid rows out to shards, each with N places, as an all-to-all of fixed size wants them."""
+    num_rows = shard_N.shape[0]
+    num_places = num_rows * num_shards
+    place_N = jnp.where(valid_N, shard_N * num_rows + places(shard_N, valid_N, num_shards), num_places)
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    source_P = jnp.full(num_places, num_rows, jnp.int32).at[place_N].set(rows, mode="drop")
+    return Grouped(source_P, place_N, jnp.full(num_shards, num_rows, jnp.int32))
+
+
 def seat(
     routing: Assignments | Slots, num_tokens: int, num_experts: int, num_places: int
 ) -> tuple[Queues | Slots, Int[Array, ""]]:

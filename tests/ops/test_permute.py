@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import Array
 
-from moe.ops.permute import Queues, capacity, fill_queues, from_slots, into_slots, places, seat
+from moe.ops.permute import (
+    Queues,
+    capacity,
+    fill_queues,
+    from_slots,
+    group_rows,
+    into_slots,
+    places,
+    seat,
+    send_queues,
+)
 from moe.types import Assignments, Slots
 from tests.oracles import routing as oracle
 from tests.oracles.routing import Rows
@@ -107,6 +117,20 @@ def test_any_routing_fills_the_queues_of_the_oracle(seed: int, num_places: int) 
 )
 def test_extreme_queues(case: Case) -> None:
     check(case, 3)
+
+
+def test_rows_are_grouped_in_whole_blocks() -> None:
+    expert_N, valid_N = jnp.array([2, 0, 2, 1, 0, 2]), jnp.array([True, True, False, True, True, True])
+    grouped = group_rows(expert_N, valid_N, 4, 2)
+    np.testing.assert_array_equal(grouped.sizes, [2, 2, 2, 0])
+    np.testing.assert_array_equal(grouped.source, [1, 4, 3, 6, 0, 5] + [6] * 8)
+    np.testing.assert_array_equal(grouped.place, [4, 0, 14, 2, 1, 5])
+
+
+def test_every_shard_has_room_for_all_rows() -> None:
+    queues = send_queues(jnp.array([1, 0, 1]), jnp.array([True, True, True]), 2)
+    np.testing.assert_array_equal(queues.source, [1, 3, 3, 0, 2, 3])
+    np.testing.assert_array_equal(queues.place, [3, 0, 4])
 
 
 def test_places_by_hand() -> None:
