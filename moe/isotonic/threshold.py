@@ -45,8 +45,8 @@ class Threshold:
     n <= 256; elsewhere NotImplementedError), which takes its own steps; None picks the kernel where it can run.
     """
 
-    steps: int = 12
-    newton: int = 3
+    steps: int = 11
+    newton: int = 4
     implementation: str | None = None
 
     def __post_init__(self) -> None:
@@ -225,27 +225,52 @@ def _bisect(equation: _Equation, steps: int) -> tuple[Array, Array]:
     return equation.at(near), equation.at(far)
 
 
+class _Iterate(NamedTuple):
+    """Bounds of beta, beta, the beta before and its excess (0 before the first step), and the last step's length."""
+
+    near: Float[Array, "#a 1 #c"]
+    far: Float[Array, "#a 1 #c"]
+    beta: Float[Array, "#a 1 #c"]
+    previous: Float[Array, "#a 1 #c"]
+    excess: Float[Array, "#a 1 #c"]
+    length: Float[Array, "#a 1 #c"]
+
+
 def _polish(equation: _Equation, near: Array, far: Array, steps: int) -> tuple[Array, Array]:
-    """Newton's method from the middle of the bracket, kept inside it: beta, and the last step's length."""
+    """Newton's method from the middle of the bracket, kept inside it: beta, and the last step's length.
+
+    Where an entry's own 0 or 1 lies at the solution, Newton's method may go to and fro between both sides of it: then
+    the secant through the last two points takes its place, and where the sum is flat, bisection.
+    """
+
+    def step(_: Array, state: _Iterate) -> _Iterate:
+        beta, previous = state.beta, state.previous
+        excess, slope = _excess_and_slope(equation, beta)
+        near, far = jnp.where(excess >= 0, beta, state.near), jnp.where(excess < 0, beta, state.far)
+        steep = slope > 0
+        newton = jnp.clip(beta + excess / jnp.where(steep, slope, 1), near, far)
+        newton = jnp.where(steep, newton, 0.5 * (near + far))
+        between = excess * state.excess < 0
+        secant = beta + excess * (previous - beta) / jnp.where(between, excess - state.excess, 1)
+        to_and_fro = between & ((newton - beta) * (newton - previous) >= 0)
+        following = jnp.where(to_and_fro, secant, newton)
+        return _Iterate(near, far, following, beta, excess, jnp.abs(following - beta))
+
+    middle = 0.5 * (near + far)
+    state = lax.fori_loop(0, steps, step, _Iterate(near, far, middle, middle, 0 * middle, far - near))
+    return state.beta, state.length
+
+
+def _excess_and_slope(equation: _Equation, beta: Float[Array, "#a 1 #c"]) -> tuple[Array, Array]:
+    """The mask's sum minus k, and how fast it falls with beta."""
     r, axes, kappa = equation.r, equation.axes, equation.kappa
-
-    def step(_: Array, state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        near, far, beta, _ = state
-        z = pnorm.unit_clip(equation.above(beta))
-        # Of the clipped entries those at 0 have no slope of their own but for p = 2.
-        slopes = ((z > 0) & (z < 1)).astype(z.dtype) if r == 1 else jnp.where(z < 1, pnorm.power(z, r - 1), 0)
-        slope = r * add_up(slopes, axes)
-        if kappa is not None:
-            slope = slope * equation.factor(beta) + add_up(pnorm.unit_clip(slopes * z), axes) * kappa / (
-                1 + kappa * beta
-            )
-        excess = _excess(equation, z)
-        near, far = jnp.where(excess >= 0, beta, near), jnp.where(excess < 0, beta, far)
-        following = jnp.clip(beta + excess / jnp.where(slope > 0, slope, jnp.inf), near, far)
-        return near, far, following, jnp.abs(following - beta)
-
-    _, _, beta, length = lax.fori_loop(0, steps, step, (near, far, 0.5 * (near + far), far - near))
-    return beta, length
+    z = pnorm.unit_clip(equation.above(beta))
+    # Of the clipped entries those at 0 have no slope of their own but for p = 2.
+    slopes = ((z > 0) & (z < 1)).astype(z.dtype) if r == 1 else jnp.where(z < 1, pnorm.power(z, r - 1), 0)
+    slope = r * add_up(slopes, axes)
+    if kappa is not None:
+        slope = slope * equation.factor(beta) + add_up(pnorm.unit_clip(slopes * z), axes) * kappa / (1 + kappa * beta)
+    return _excess(equation, z), slope
 
 
 def _excess(equation: _Equation, z: Float[Array, "a n c"]) -> Float[Array, "#a 1 #c"]:

@@ -127,7 +127,8 @@ class Moe(nnx.Module):
             mesh=mesh,
         )
         metrics = {name: jnp.mean(value) for name, value in routed.metrics.items()}
-        metrics |= routing_metrics(routed.routing, logits_GTX, mask_GT, kept_G, self.config.num_experts)
+        # A router that knows better than its gate what a metric is has the last word.
+        metrics = routing_metrics(routed.routing, logits_GTX, mask_GT, kept_G, self.config.num_experts) | metrics
         return MoeOutput(
             y=y_GTD.reshape(x_BLD.shape),
             losses={name: jnp.mean(value) for name, value in routed.losses.items()},

@@ -163,6 +163,16 @@ def test_properties(values, scale, permutation):
     np.testing.assert_allclose(out, oracle.magnitude(x, 2, scale, 4 / 3), atol=3e-6 * max(scale, np.abs(x).max()))
 
 
+def test_gaps_as_long_as_the_strength():
+    """Where one entry leaves 1 as another leaves 0, Newton's method alone goes to and fro between the two."""
+    rng = np.random.default_rng(0)
+    for scale in (1e-2, 1e-3, 1e-4):
+        x = (rng.integers(0, 3, (300, 8)) + scale * rng.normal(size=(300, 8))).astype(np.float32)
+        for p in (2.0, 4 / 3):
+            expected = np.stack([oracle.mask_by_bisection(row, 2, 1.0, p) for row in x])
+            np.testing.assert_allclose(jitted("mask", 2, p)(x, 1.0), expected, atol=3e-6)
+
+
 def test_limits():
     x = jnp.array(X10)
     np.testing.assert_array_equal(jitted("mask", 4, 4 / 3)(x, 1e-6), topk.hard_mask(x, 4))
