@@ -50,6 +50,7 @@ def dispatch(
     left to the partitioner, with queues as long as a group.
     """
     divides = x_GTD.shape[0] % batch_shards(mesh) == 0
+    run: Callable[..., tuple[Array, Array]]
     if isinstance(routing, Assignments) and capacity is None and divides:
         product = _GROUPED_MATMUL.get(mesh.devices.flat[0].platform, "ragged_dot")
         run = partial(_without_capacity, apply_experts, num_experts=num_experts, implementation=product)
