@@ -46,7 +46,7 @@ class Threshold:
     """
 
     steps: int = 11
-    newton: int = 4
+    newton: int = 5
     implementation: str | None = None
 
     def __post_init__(self) -> None:

@@ -18,8 +18,8 @@ Weights = dict[str, Float[Array, "..."]]
 Product = Callable[[Array, Array], Array]
 ApplyExperts = Callable[[Weights, Float[Array, "*e n D"], Product], Float[Array, "*e n D"]]
 
-# Rows that one product takes at most, and at least where an expert may expect that many.
-_BLOCK = 128
+# Rows that one product takes, at most and at least.
+_BLOCK, _LEAST_BLOCK = 128, 8
 # What multiplies sorted rows on a mesh of these devices.
 _GROUPED_MATMUL = {"cpu": "blocks", "tpu": "megablox"}
 
@@ -165,7 +165,9 @@ def _sorted_rows_through_experts(
     tensor_axis: str | None,
 ) -> Float[Array, "N D"]:
     """What its expert returns for each row x[index]; zeros for the rows that aren't valid."""
-    block = min(_BLOCK, max(8, 1 << (expert_N.shape[0] // (4 * num_experts)).bit_length() - 1))
+    # A quarter of what an expert may expect, down to a power of two: padding stays small beside the rows.
+    quarter = max(1, expert_N.shape[0] // (4 * num_experts))
+    block = min(_BLOCK, max(_LEAST_BLOCK, 1 << quarter.bit_length() - 1))
     rows = group_rows(expert_N, valid_N, num_experts, block)
     index_P = index_N.at[rows.source].get(mode="fill", fill_value=x_SD.shape[0])
     x_PD = x_SD.at[index_P].get(mode="fill", fill_value=0)
