@@ -22,13 +22,12 @@ from moe import cli
 from moe import config as config_lib
 from moe.checkpoint import Checkpoints
 from moe.config import Config
-from moe.data.pipeline import Batch, inspect_data, make_eval_batches, make_train_iterator
-from moe.evaluation import evaluate
 from moe.layers.moe import group_count
 from moe.metrics import MetricsWriter, Progress, flatten, params_sha256, per_layer, write_json
-from moe.models import Variables, make_model
+from moe.models import Batch, Variables, make_model
 from moe.optim import make_optimizer
 from moe.parallel.mesh import batch_sharding, batch_shards, constrain_batch, make_mesh, param_shardings, replicated
+from moe.tasks import TASKS
 from moe.types import PyTree
 from moe.workdir import open_workdir
 
@@ -47,7 +46,8 @@ class TrainState(NamedTuple):
 class Step(NamedTuple):
     """The programs of a run, jitted for its mesh.
 
-    init(key) -> state, born sharded. train(state, batch) -> state, metrics. predict(variables, batch) -> logits.
+    init(key) -> state, born sharded. train(state, batch) -> state, metrics. predict(variables, batch) -> scores, for
+    evaluation.
     gradients(state, batch) -> gradient, (metrics, router state): what `train` applies, not jitted.
     abstract_state, abstract_batch: shapes, types and shardings of what `train` takes.
     """
@@ -55,7 +55,7 @@ class Step(NamedTuple):
     init: Any
     train: Any
     gradients: Callable[[TrainState, Batch], tuple[PyTree, tuple[PyTree, PyTree]]]
-    predict: Callable[[Variables, Batch], jax.Array]
+    predict: Callable[[Variables, Batch], PyTree]
     abstract_state: TrainState
     abstract_batch: dict[str, jax.ShapeDtypeStruct]
 
@@ -78,15 +78,14 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         opt_state = optimizer.init(variables.params)
         return TrainState(jnp.zeros((), jnp.int32), variables, opt_state, jax.random.key_data(key_run))
 
-    def loss_fn(params: PyTree, router_state: PyTree, batch: Batch, keys: jax.Array) -> tuple[jax.Array, PyTree]:
-        output = model.apply(Variables(params, router_state), batch["image"], keys=keys, mesh=mesh)
-        targets = jax.nn.one_hot(batch["label"], config.model.num_classes)
-        targets = optax.smooth_labels(targets, config.label_smoothing)
-        cross_entropy = jnp.mean(optax.softmax_cross_entropy(output.logits, targets))
+    def loss_fn(
+        params: PyTree, router_state: PyTree, batch: Batch, keys: jax.Array, terms: jax.Array
+    ) -> tuple[jax.Array, PyTree]:
+        variables = Variables(params, router_state)
+        output = model.loss(variables, batch, keys=keys, mesh=mesh, label_smoothing=config.label_smoothing)
         router_losses = {name: jnp.sum(values) for name, values in output.routers.losses.items()}
-        loss = cross_entropy + sum(router_losses.values())
-        accuracy = jnp.mean(jnp.argmax(output.logits, axis=-1) == batch["label"], dtype=jnp.float32)
-        scalars = {"loss": loss, "cross_entropy": cross_entropy, "accuracy": accuracy}
+        loss = output.loss / terms + sum(router_losses.values())
+        scalars = {"loss": loss, **{name: value / terms for name, value in output.scalars.items()}}
         return loss, ({"train": scalars, "router": router_losses, "moe": output.routers.metrics}, output.routers.state)
 
     def gradients(state: TrainState, batch: Batch) -> tuple[PyTree, tuple[PyTree, PyTree]]:
@@ -94,18 +93,21 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, jnp.arange(config.batch_size))
         params, router_state = state.variables
+        count = config.accumulation_steps
+        # The share of a micro-batch in the whole batch's terms: micro-batches of text may differ in theirs, and the
+        # loss is the mean over all terms, not the mean of the micro-batches' means.
+        terms = model.terms(batch) / count
 
         def accumulate(total: PyTree, micro: tuple[Batch, jax.Array]) -> tuple[PyTree, None]:
             examples, micro_keys = jax.tree.map(lambda x: constrain_batch(x, mesh), micro)
-            return jax.tree.map(jnp.add, total, gradient_fn(params, router_state, examples, micro_keys)), None
+            return jax.tree.map(jnp.add, total, gradient_fn(params, router_state, examples, micro_keys, terms)), None
 
         gradient_fn = jax.grad(loss_fn, has_aux=True)
-        count = config.accumulation_steps
         if count == 1:
-            return gradient_fn(params, router_state, batch, keys)
-        # Every mean over the batch is the mean of the micro-batches' means, since these are equally large.
+            return gradient_fn(params, router_state, batch, keys, terms)
+        # Router losses and metrics are means over groups, of which every micro-batch has as many.
         micros = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), (batch, keys))
-        shapes = jax.eval_shape(gradient_fn, params, router_state, *jax.tree.map(lambda x: x[0], micros))
+        shapes = jax.eval_shape(gradient_fn, params, router_state, *jax.tree.map(lambda x: x[0], micros), terms)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         total, _ = jax.lax.scan(accumulate, zeros, micros)
         return jax.tree.map(lambda x: x / count, total)
@@ -118,26 +120,25 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         metrics["train"]["gradient_norm"] = optax.tree.norm(gradient)
         return TrainState(state.step + 1, Variables(params, router_state), opt_state, state.key), metrics
 
-    def logits(variables: Variables, image: jax.Array, mask: jax.Array) -> jax.Array:
-        return model.apply(variables, image, keys=None, mesh=mesh, mask=mask).logits
+    def score(variables: Variables, batch: Batch) -> PyTree:
+        return model.score(variables, batch, mesh=mesh)
 
     abstract = jax.eval_shape(init, jax.random.key(config.seed))
     shardings = state_shardings(abstract, model.axes, optimizer, mesh)
     rows = batch_sharding(mesh)
-    abstract_batch = {
-        "image": jax.ShapeDtypeStruct((config.batch_size, *config.model.image_size), jnp.float32, sharding=rows),
-        "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=rows),
-    }
-    predict = jax.jit(logits, in_shardings=(shardings.variables, rows, rows), out_shardings=replicated(mesh))
+    predict = jax.jit(score, in_shardings=(shardings.variables, rows), out_shardings=replicated(mesh))
     return Step(
         init=jax.jit(init, out_shardings=shardings),
         train=jax.jit(train, donate_argnums=0, in_shardings=(shardings, rows), out_shardings=(shardings, None)),
         gradients=gradients,
-        predict=lambda variables, batch: predict(variables, *to_devices(batch, ("image", "mask"), mesh).values()),
+        predict=lambda variables, batch: predict(variables, to_devices(batch, config.model.scored, mesh)),
         abstract_state=jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
         ),
-        abstract_batch=abstract_batch,
+        abstract_batch=jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows),
+            config.model.train_batch(config.batch_size),
+        ),
     )
 
 
@@ -162,16 +163,6 @@ def to_devices(batch: Batch, names: Sequence[str], mesh: Mesh) -> dict[str, jax.
     return {name: jax.make_array_from_process_local_data(batch_sharding(mesh), batch[name]) for name in names}
 
 
-def check_data(config: Config) -> None:
-    """Raises ValueError if the data don't fit the model."""
-    info = inspect_data(config.data)
-    if info.classes != config.model.num_classes or info.image_shape != config.model.image_size:
-        raise ValueError(
-            f"data set {config.data.name} has {info.classes} classes and images of {info.image_shape}, but "
-            f"model.num_classes = {config.model.num_classes} and model.image_size = {config.model.image_size}."
-        )
-
-
 def restore_newest(checkpoints: Checkpoints, step: Step) -> tuple[TrainState, dict[str, Any]] | None:
     """The newest state and data position, or None where the run is to begin. A damaged one is an error, not a start."""
     steps = checkpoints.steps()
@@ -189,10 +180,11 @@ def train(config: Config, table: ml_collections.ConfigDict, workdir: Path) -> di
     """
     with cli.usage_errors():
         mesh = make_mesh(config.mesh)
-        check_data(config)
+        task = TASKS[config.model.task]
+        task.check_data(config.data, config.model)
         hosts = (jax.process_index(), jax.process_count())
-        examples = make_train_iterator(config.data, config.batch_size, config.seed, *hosts)
-        test_batches = make_eval_batches(config.data, "test", config.batch_size, *hosts)
+        examples = task.make_train_iterator(config.data, config.batch_size, config.seed, *hosts)
+        test_batches = task.make_eval_batches(config.data, "test", config.batch_size, *hosts)
         step = make_step(config, mesh)
         lowered = step.train.lower(step.abstract_state, step.abstract_batch)
         for difference in open_workdir(workdir, table):
@@ -212,7 +204,7 @@ def train(config: Config, table: ml_collections.ConfigDict, workdir: Path) -> di
     logged_at, logged_step = time.monotonic(), start
     test: dict[str, float] = {}
     for index in range(start + 1, config.steps + 1):
-        state, metrics = train_step(state, to_devices(next(examples), ("image", "label"), mesh))
+        state, metrics = train_step(state, to_devices(next(examples), tuple(step.abstract_batch), mesh))
         progress.advance()
         if is_due(index, config.log_every, config.steps):
             values = log_values(jax.device_get(metrics), config)
@@ -223,14 +215,14 @@ def train(config: Config, table: ml_collections.ConfigDict, workdir: Path) -> di
         if is_due(index, config.checkpoint.every, config.steps):
             checkpoints.save(index, state, examples.get_state())
         if is_due(index, config.evaluate_every, config.steps):
-            test = evaluate(step.predict, state.variables, test_batches)
+            test = task.evaluate(step.predict, state.variables, test_batches)
             writer.write(index, flatten(test, "test"))
     progress.close()
     writer.close()
     examples.close()
     checkpoints.close()
 
-    test = test or evaluate(step.predict, state.variables, test_batches)
+    test = test or task.evaluate(step.predict, state.variables, test_batches)
     result = {
         "step": int(state.step),
         **flatten(test, "test"),
@@ -251,7 +243,7 @@ def log_values(metrics: dict[str, Any], config: Config) -> dict[str, float]:
     return {
         **flatten(metrics["train"], "train"),
         **flatten(metrics["router"], "router"),
-        **flatten(per_layer(metrics["moe"], first=every - 1, every=every), "moe"),
+        **flatten(per_layer(metrics["moe"], first=config.model.dense_layers + every - 1, every=every), "moe"),
     }
 
 
@@ -267,7 +259,8 @@ def main(argv: Sequence[str]) -> None:
         config = config_lib.resolve(table)
         workdir = Path(arguments.workdir or f"runs/{Path(arguments.config).stem}")
     result = train(config, table, workdir)
-    print(f"test accuracy {result['test/accuracy']:.4f}, test loss {result['test/loss']:.4f}")
+    tests = (f"{name.replace('/', ' ')} {value:.4f}" for name, value in result.items() if name.startswith("test/"))
+    print(", ".join(tests))
     print(f"checkpoint: {workdir / 'checkpoints' / str(result['step'])}")
     print(f"evaluate it: {os.path.relpath(sys.executable)} evaluate.py --workdir={workdir}")
 

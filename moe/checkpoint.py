@@ -1,6 +1,8 @@
 """Checkpoints, through Orbax: the training state and the position in the data, written in the background."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,17 @@ class Checkpoints:
         """Steps that have a complete checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
+    def choose(self, wanted: int | None) -> int:
+        """The newest step, or the wanted one. Raises CheckpointError if it doesn't exist."""
+        steps = self.steps()
+        if not steps:
+            raise CheckpointError(f"there is no complete checkpoint in {self.folder}.")
+        if wanted is None:
+            return steps[-1]
+        if wanted not in steps:
+            raise CheckpointError(f"there is no checkpoint of step {wanted}: there are {', '.join(map(str, steps))}.")
+        return wanted
+
     def save(self, step: int, state: PyTree, data: dict[str, Any]) -> None:
         """Starts to write `state` (arrays) and `data` (JSON); the copy from the devices is done on return."""
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
@@ -55,10 +68,26 @@ class Checkpoints:
 
         Raises CheckpointError if the checkpoint can't be read or holds another model's arrays.
         """
-        try:
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
+        with self._explained(step):
             self._check_shapes(step, abstract_state)
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
             restored = self._manager.restore(step, args=items)
+        return restored.state, restored.data
+
+    def restore_variables(self, step: int, abstract_variables: PyTree) -> PyTree:
+        """The model's variables alone, of a state that has them under that name; errors as `restore`."""
+        part = {"variables": abstract_variables}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(part)
+        with self._explained(step), ocp.PyTreeCheckpointer() as checkpointer:
+            self._check_shapes(step, part, within="variables/")
+            args = ocp.args.PyTreeRestore(part, restore_args=restore_args, partial_restore=True)
+            return checkpointer.restore(self.folder / str(step) / "state", args=args)["variables"]
+
+    @contextlib.contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        """Makes one sentence of whatever goes wrong while step is read."""
+        try:
+            yield
         except CheckpointError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds for the many ways a file can be damaged.
@@ -67,15 +96,14 @@ class Checkpoints:
                 f"checkpoint {self.folder / str(step)} can't be read ({type(error).__name__}: {reason}): "
                 f"{self._others(step)}"
             ) from error
-        return restored.state, restored.data
 
-    def _check_shapes(self, step: int, abstract_state: PyTree) -> None:
+    def _check_shapes(self, step: int, abstract_state: PyTree, within: str = "") -> None:
         metadata = self._manager.item_metadata(step)["state"]
         if metadata is None:
             raise CheckpointError(f"checkpoint {self.folder / str(step)} holds no state: {self._others(step)}")
         saved = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(metadata)}
         wanted = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state)}
-        for name in sorted(saved.keys() | wanted.keys()):
+        for name in sorted(name for name in saved.keys() | wanted.keys() if name.startswith(within)):
             if saved.get(name) != wanted.get(name):
                 raise CheckpointError(
                     f"checkpoint {self.folder / str(step)} doesn't fit the config: it has {name} "

@@ -18,7 +18,8 @@ from moe import isotonic, topk
 from moe.checkpoint import CheckpointConfig
 from moe.data.pipeline import DataConfig
 from moe.layers.moe import MoeConfig
-from moe.models import MODELS, ViTConfig
+from moe.models import MODELS, ModelConfig
+from moe.ops.rope import ROPE_SCALINGS, RopeScaling
 from moe.optim import OptimizerConfig
 from moe.parallel.mesh import MeshConfig
 from moe.routers import ROUTERS, Router
@@ -28,7 +29,8 @@ CHOICES: Mapping[Any, Mapping[str, Any]] = {
     Router: ROUTERS,
     isotonic.Solver: isotonic.SOLVERS,
     topk.PairWeights: topk.PAIR_WEIGHTS,
-    ViTConfig: {name: config_class for name, (config_class, _) in MODELS.items()},
+    RopeScaling: ROPE_SCALINGS,
+    ModelConfig: {name: config_class for name, (config_class, _) in MODELS.items()},
 }
 
 
@@ -45,7 +47,7 @@ class Config:
     seed: int
     steps: int
     batch_size: int
-    model: ViTConfig
+    model: ModelConfig
     moe: MoeConfig
     router: Router
     data: DataConfig = DataConfig()

@@ -59,6 +59,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 def _is_matrix(params: PyTree) -> PyTree:
     # By name, since stacking over layers gives a norm's scale two axes as well.
     def one(path: tuple, _: jax.Array) -> bool:
-        return jax.tree_util.keystr(path[-1:], simple=True) not in ("scale", "bias", "position")
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        return name not in ("scale", "position") and not name.startswith("bias")
 
     return jax.tree_util.tree_map_with_path(one, params)

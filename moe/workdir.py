@@ -1,14 +1,20 @@
-"""The folder of a run: which config it belongs to, and whether it can be written."""
+"""The folder of a run: which config it belongs to, whether it can be written, and the model that it holds."""
 
+import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import ml_collections
+from jax.sharding import Mesh
 
 from moe import config as config_lib
-from moe.checkpoint import CheckpointError
+from moe.checkpoint import CheckpointError, Checkpoints
+from moe.config import Config
+from moe.models import Model, Variables, make_model
+from moe.parallel.mesh import make_mesh, param_shardings
 
 # Fields in which a resumed run may differ from the one that wrote its checkpoints: they change where and how long it
 # computes, what it says and how fast it learns, but not what the stored arrays mean.
@@ -72,6 +78,54 @@ def read_config(workdir: Path) -> ml_collections.ConfigDict:
         raise CheckpointError(f"{workdir} is not the workdir of a run: it has no config.json.") from None
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} can't be read: {error}.") from error
+
+
+def fit_mesh(table: ml_collections.ConfigDict, overrides: Iterable[str]) -> None:
+    """Puts a run from another number of devices on all devices here, copied, and says so: only speed depends on it.
+
+    Where `overrides` name a mesh, that is wanted, and stays.
+    """
+    if any(assignment.startswith("mesh.") for assignment in overrides):
+        return
+    mesh = config_lib.resolve(table).mesh
+    try:
+        make_mesh(mesh)
+    except ValueError as error:
+        config_lib.override(table, ["mesh.data=-1", "mesh.fsdp=1", "mesh.expert=1", "mesh.tensor=1"])
+        print(f"{error} Evaluating with a copy on each device.")
+
+
+class Loaded(NamedTuple):
+    """The model of a run, ready to be applied on its mesh. config.moe.group_size is 1."""
+
+    config: Config
+    mesh: Mesh
+    model: Model
+    variables: Variables
+
+
+def load_model(workdir: Path, step: int | None = None, overrides: Sequence[str] = ()) -> Loaded:
+    """The model that a workdir's checkpoint holds (the newest by default), under its config with overrides.
+
+    Every example is routed by itself, so that what the model says of it depends on no other. Raises CheckpointError
+    where there is none, ValueError where the overrides don't fit.
+    """
+    table = read_config(workdir)
+    config_lib.override(table, overrides)
+    fit_mesh(table, overrides)
+    config = config_lib.resolve(table)
+    config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, group_size=1))
+    mesh = make_mesh(config.mesh)
+    model = make_model(config.model, config.moe, config.router)
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    shardings = (param_shardings(*pair, mesh) for pair in zip(abstract, model.axes, strict=True))
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        Variables(*shardings),
+    )
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    return Loaded(config, mesh, model, checkpoints.restore_variables(checkpoints.choose(step), abstract))
 
 
 def _flat(config: ml_collections.ConfigDict) -> dict[str, Any]:

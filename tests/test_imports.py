@@ -14,8 +14,10 @@ ORDER = [
     ["moe.layers"],
     ["moe.models"],
     ["moe.data", "moe.evaluation", "moe.optim", "moe.checkpoint", "moe.metrics"],
+    ["moe.tasks"],
     ["moe.config"],
     ["moe.workdir", "moe.cli"],
+    ["moe.generate"],
     ["train"],
     ["evaluate"],
 ]

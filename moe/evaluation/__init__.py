@@ -1,5 +1,1 @@
-"""Measures of a trained model."""
-
-from moe.evaluation.classify import evaluate
-
-__all__ = ["evaluate"]
+"""Measures of a trained model, one module a task."""

@@ -1,7 +1,7 @@
 """Pre-norm transformer blocks, and the period of blocks that a model stacks and scans."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Key
 
-from moe.layers.attention import Attention
+from moe.layers.attention import Attention, AttentionConfig, Cache, Context
 from moe.layers.mlp import Activation, Mlp
 from moe.layers.moe import Moe, MoeConfig, MoeOutput
-from moe.layers.param import axes, stack
+from moe.layers.norm import make_norm
+from moe.layers.param import stack
 from moe.parallel.mesh import constrain_batch
 from moe.routers.base import Router
 from moe.types import Losses, Metrics, PyTree
@@ -24,6 +25,7 @@ class BlocksConfig:
 
     width: D. depth: number of blocks. heads: attention heads. mlp_width: F of the dense blocks.
     moe_every: every n-th block has experts instead of an MLP (the last of each period of n); 0: none has.
+    dense_layers: so many blocks at the beginning have no experts, and the periods start after them.
     scan_layers: compile one period and loop over it; otherwise unroll. The parameters are the same, stacked.
     remat: what the backward pass computes again: "none"; "full", everything in a period; "dots", all but products with
         weights.
@@ -35,6 +37,7 @@ class BlocksConfig:
     heads: int = 4
     mlp_width: int = 128
     moe_every: int = 2
+    dense_layers: int = 0
     activation: Activation = "gelu"
     scan_layers: bool = True
     remat: Literal["none", "full", "dots"] = "none"
@@ -44,10 +47,32 @@ class BlocksConfig:
         for name in ("width", "depth", "heads", "mlp_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} = {getattr(self, name)} must be at least 1.")
-        if self.moe_every < 0 or (self.moe_every and self.depth % self.moe_every):
+        if not 0 <= self.dense_layers < self.depth:
             raise ValueError(
-                f"model.moe_every = {self.moe_every} must divide model.depth = {self.depth}, or be 0 for no experts."
+                f"model.dense_layers = {self.dense_layers} must lie between 0 and model.depth - 1 = {self.depth - 1}."
             )
+        if self.moe_every < 0 or (self.moe_every and (self.depth - self.dense_layers) % self.moe_every):
+            raise ValueError(
+                f"model.moe_every = {self.moe_every} must divide model.depth - model.dense_layers = {self.depth} - "
+                f"{self.dense_layers}, or be 0 for no experts."
+            )
+
+    @property
+    def num_periods(self) -> int:
+        """How often the period of blocks repeats, after the dense blocks at the beginning."""
+        return (self.depth - self.dense_layers) // (self.moe_every or 1)
+
+    @property
+    def attention(self) -> AttentionConfig:
+        """Heads as wide as they fill the width together. Raises ValueError where they can't."""
+        if self.width % self.heads:
+            raise ValueError(f"model.heads = {self.heads} must divide model.width = {self.width}.")
+        return AttentionConfig(self.heads, self.heads, self.width // self.heads)
+
+    @property
+    def rms_eps(self) -> float:
+        """The ε of RMSNorm; 0: the norms are LayerNorms."""
+        return 0.0
 
 
 class RouterOutputs(NamedTuple):
@@ -58,6 +83,10 @@ class RouterOutputs(NamedTuple):
     state: PyTree
 
 
+# Of the dense blocks at the beginning, and of the blocks of a period; each leaf stacked over them.
+Caches = tuple[list[Cache] | None, list[Cache] | None]
+
+
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + f(norm(x)), f an MLP or a mixture of experts."""
 
@@ -65,9 +94,9 @@ class Block(nnx.Module):
         self, config: BlocksConfig, moe: MoeConfig, router: Router, *, has_experts: bool, key: jax.Array
     ) -> None:
         key_attention, key_f, key_norm = jax.random.split(key, 3)
-        self.attention_norm = layer_norm(config, key_norm)
-        self.attention = Attention(config.width, config.heads, key=key_attention)
-        self.f_norm = layer_norm(config, key_norm)
+        self.attention_norm = make_norm(config.width, config.dtype, config.rms_eps, key_norm)
+        self.attention = Attention(config.width, config.attention, key=key_attention)
+        self.f_norm = make_norm(config.width, config.dtype, config.rms_eps, key_norm)
         self.f: Moe | Mlp
         if has_experts:
             self.f = Moe(config.width, moe, router, config.activation, key=key_f)
@@ -80,14 +109,20 @@ class Block(nnx.Module):
         keys: Key[Array, "B"] | None,
         mesh: Mesh,
         mask: Bool[Array, "B"] | None,
-    ) -> tuple[Float[Array, "B L D"], MoeOutput | None]:
-        """The block's output, and its MoE layer's where it has one."""
-        x_BLD = constrain_batch(x_BLD + self.attention(self.attention_norm(x_BLD)), mesh)
+        context: Context | None,
+        cache: Cache | None,
+    ) -> tuple[Float[Array, "B L D"], MoeOutput | None, Cache | None]:
+        """The block's output, its MoE layer's where it has one, and the cache with these tokens."""
+        attended_BLD, cache = self.attention(self.attention_norm(x_BLD), mesh, context, cache)
+        x_BLD = constrain_batch(x_BLD + attended_BLD, mesh)
         normed_BLD = self.f_norm(x_BLD)
         if isinstance(self.f, Mlp):
-            return constrain_batch(x_BLD + self.f(normed_BLD), mesh), None
-        output = self.f(normed_BLD, keys, mesh, mask)
-        return constrain_batch(x_BLD + output.y, mesh), output
+            return constrain_batch(x_BLD + self.f(normed_BLD), mesh), None, cache
+        if context is None:
+            output = self.f(normed_BLD, keys, mesh, mask)
+        else:
+            output = self.f(normed_BLD, keys, mesh, context.mask_BL, context.ids_BL)
+        return constrain_batch(x_BLD + output.y, mesh), output, cache
 
 
 class Period(nnx.Module):
@@ -107,24 +142,41 @@ class Period(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B L D"], keys: Key[Array, "B"] | None, mesh: Mesh, mask: Bool[Array, "B"] | None
-    ) -> tuple[Float[Array, "B L D"], RouterOutputs]:
-        """The last block's output, and what the router returned."""
+        self,
+        x: Float[Array, "B L D"],
+        keys: Key[Array, "B"] | None,
+        mesh: Mesh,
+        mask: Bool[Array, "B"] | None,
+        context: Context | None,
+        caches: list[Cache] | None,
+    ) -> tuple[Float[Array, "B L D"], RouterOutputs, list[Cache] | None]:
+        """The last block's output, what the router returned, and the blocks' caches."""
         routers = RouterOutputs({}, {}, {})
-        for block in self.blocks:
-            x, output = block(x, keys, mesh, mask)
+        updated: list[Cache] = []
+        for index, block in enumerate(self.blocks):
+            x, output, cache = block(x, keys, mesh, mask, context, None if caches is None else caches[index])
+            if cache is not None:
+                updated.append(cache)
             if output is not None:
                 routers = RouterOutputs(output.losses, output.metrics, output.state)
-        return x, routers
+        return x, routers, None if caches is None else updated
 
 
 class Blocks(nnx.Module):
-    """All blocks of a model: periods stacked along a first axis of every parameter, run by one scan."""
+    """All blocks of a model: periods stacked along a first axis of every parameter, run by one scan.
+
+    Dense blocks at the beginning are a stack of their own, `leading`, which is there only if there are any.
+    """
 
     def __init__(self, config: BlocksConfig, moe: MoeConfig, router: Router, *, key: jax.Array) -> None:
         self.config = config
-        count = config.depth // (config.moe_every or 1)
-        self.periods = stack(lambda one: Period(config, moe, router, key=one), jax.random.split(key, count))
+        if config.dense_layers:
+            dense = dataclasses.replace(config, depth=config.dense_layers, dense_layers=0, moe_every=0)
+            keys = jax.random.split(jax.random.fold_in(key, 1), config.dense_layers)
+            self.leading = stack(lambda one: Period(dense, moe, router, key=one), keys)
+        self.periods = stack(
+            lambda one: Period(config, moe, router, key=one), jax.random.split(key, config.num_periods)
+        )
 
     def __call__(
         self,
@@ -132,30 +184,52 @@ class Blocks(nnx.Module):
         keys: Key[Array, "B"] | None,
         mesh: Mesh,
         mask: Bool[Array, "B"] | None = None,
-    ) -> tuple[Float[Array, "B L D"], RouterOutputs]:
-        """Runs the blocks in order; see `Moe` for keys and mask."""
-        graph, state = nnx.split(self.periods)
-        count = self.config.depth // (self.config.moe_every or 1)
+        context: Context | None = None,
+        caches: Caches | None = None,
+    ) -> tuple[Float[Array, "B L D"], RouterOutputs, Caches | None]:
+        """Runs the blocks in order; see `Moe` for keys and mask. With caches, those come back with these tokens."""
+        leading, periods = caches or (None, None)
+        if self.config.dense_layers:
+            x, _, leading = self._run(self.leading, self.config.dense_layers, x, None, mesh, mask, context, leading)
+        x, routers, periods = self._run(self.periods, self.config.num_periods, x, keys, mesh, mask, context, periods)
+        return x, routers, None if caches is None else (leading, periods)
 
-        def step(x: Array, scanned: tuple[PyTree, Array]) -> tuple[Array, RouterOutputs]:
-            period_state, index = scanned
+    def make_caches(self, batch: int, length: int) -> Caches:
+        """Empty caches for sequences of up to `length` tokens."""
+        config = self.config.attention
+        dtype = jnp.dtype(self.config.dtype)
+
+        def empty(periods: int, blocks: int) -> list[Cache]:
+            shape = (periods, batch, length, config.kv_heads, config.head_width)
+            return [Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(blocks)]
+
+        leading = empty(self.config.dense_layers, 1) if self.config.dense_layers else None
+        return leading, empty(self.config.num_periods, self.config.moe_every or 1)
+
+    def _run(
+        self,
+        periods: Any,
+        count: int,
+        x: Float[Array, "B L D"],
+        keys: Key[Array, "B"] | None,
+        mesh: Mesh,
+        mask: Bool[Array, "B"] | None,
+        context: Context | None,
+        caches: list[Cache] | None,
+    ) -> tuple[Float[Array, "B L D"], RouterOutputs, list[Cache] | None]:
+        """Runs a stack of `count` periods."""
+        graph, state = nnx.split(periods)
+
+        def step(x: Array, scanned: tuple[PyTree, Array, PyTree]) -> tuple[Array, tuple[RouterOutputs, PyTree]]:
+            period_state, index, cache = scanned
             period: Period = nnx.merge(graph, period_state)
             layer_keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, index)
-            return period(x, layer_keys, mesh, mask)
+            x, routers, cache = period(x, layer_keys, mesh, mask, context, cache)
+            return x, (routers, cache)
 
         if self.config.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.config.remat == "dots" else None
             step = jax.checkpoint(step, policy=policy, prevent_cse=not self.config.scan_layers)
         unroll = 1 if self.config.scan_layers else count
-        return jax.lax.scan(step, x, (state, jnp.arange(count)), unroll=unroll)
-
-
-def layer_norm(config: BlocksConfig, key: jax.Array) -> nnx.LayerNorm:
-    """LayerNorm over the width, its statistics in float32."""
-    return nnx.LayerNorm(
-        config.width,
-        dtype=jnp.dtype(config.dtype),
-        scale_metadata=axes(None),
-        bias_metadata=axes(None),
-        rngs=nnx.Rngs(key),
-    )
+        x, (routers, caches) = jax.lax.scan(step, x, (state, jnp.arange(count), caches), unroll=unroll)
+        return x, routers, caches

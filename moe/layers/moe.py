@@ -80,12 +80,12 @@ class Moe(nnx.Module):
         x_BLD: Float[Array, "B L D"],
         keys: Key[Array, "B"] | None,
         mesh: Mesh,
-        mask: Bool[Array, "B"] | None = None,
+        mask: Bool[Array, "B"] | Bool[Array, "B L"] | None = None,
         ids_BL: Int[Array, "B L"] | None = None,
     ) -> MoeOutput:
         """Routes the examples in groups.
 
-        keys: one per example in training, None in evaluation. mask: False marks an example that is only padding.
+        keys: one per example in training, None in evaluation. mask: False marks padding, whole examples or tokens.
         ids_BL: token ids, for routers that look at them; where a model has none, positions stand in.
         Raises ValueError where the group size doesn't divide the batch.
         """
@@ -93,8 +93,9 @@ class Moe(nnx.Module):
         groups = group_count(num_examples, self.config.group_size)
         x_GTD = x_BLD.reshape(groups, -1, width)
         num_tokens = x_GTD.shape[1]
-        mask_B = jnp.ones(num_examples, bool) if mask is None else mask
-        mask_GT = jnp.broadcast_to(mask_B[:, None], (num_examples, length)).reshape(groups, num_tokens)
+        mask = jnp.ones(num_examples, bool) if mask is None else mask
+        mask_BL = mask[:, None] if mask.ndim == 1 else mask
+        mask_GT = jnp.broadcast_to(mask_BL, (num_examples, length)).reshape(groups, num_tokens)
 
         # Float32 throughout: by default TPUs and GPUs round the factors of a float32 product.
         logits_GTX = jnp.einsum("GTD,DX->GTX", x_GTD.astype(jnp.float32), self.w_gate[...], precision="highest")

@@ -1,28 +1,33 @@
 """Vision transformer with mixture-of-experts blocks (V-MoE, Riquelme et al. 2021, arXiv 2106.05974)."""
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Key
 
-from moe.layers.block import Blocks, BlocksConfig, RouterOutputs, layer_norm
+from moe.layers.block import Blocks
 from moe.layers.moe import MoeConfig
+from moe.layers.norm import make_norm
 from moe.layers.param import axes, matrix
+from moe.models.base import Batch, LossOutput, ModelConfig, ModelOutput
 from moe.parallel.mesh import constrain_batch
 from moe.routers.base import Router
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig(BlocksConfig):
+class ViTConfig(ModelConfig):
     """The blocks, and what stands around them.
 
     image_size: [height, width, channels] of an image. patch_size: pixels along the side of a square patch.
     num_classes: width of the head.
     """
+
+    task = "image"
+    scored = ("image", "mask")
 
     image_size: tuple[int, ...] = (8, 8, 1)
     patch_size: int = 2
@@ -37,17 +42,17 @@ class ViTConfig(BlocksConfig):
                 f"model.patch_size = {self.patch_size} must divide the sides of model.image_size = {self.image_size}."
             )
 
+    def train_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """What a training batch holds."""
+        return {
+            "image": jax.ShapeDtypeStruct((batch_size, *self.image_size), jnp.float32),
+            "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        }
+
     @property
     def length(self) -> int:
         """Tokens per image."""
         return (self.image_size[0] // self.patch_size) * (self.image_size[1] // self.patch_size)
-
-
-class ModelOutput(NamedTuple):
-    """logits: float32, one score per class. routers: see `RouterOutputs`."""
-
-    logits: Float[Array, "B V"]
-    routers: RouterOutputs
 
 
 class VisionTransformer(nnx.Module):
@@ -62,7 +67,7 @@ class VisionTransformer(nnx.Module):
         position = 0.5 * jax.random.normal(key_position, (config.length, config.width))
         self.position = nnx.Param(position, axes=(None, "embed"))
         self.blocks = Blocks(config, moe, router, key=key_blocks)
-        self.norm = layer_norm(config, key_norm)
+        self.norm = make_norm(config.width, config.dtype, config.rms_eps, key_norm)
         self.head = nnx.Linear(
             config.width,
             config.num_classes,
@@ -89,9 +94,28 @@ class VisionTransformer(nnx.Module):
         patch_BLp = patches(image, self.config.patch_size).astype(dtype)
         x_BLD = jnp.einsum("BLp,pD->BLD", patch_BLp, self.w_patch[...].astype(dtype))
         x_BLD = constrain_batch(x_BLD + self.position[...].astype(dtype)[None], mesh)
-        x_BLD, routers = self.blocks(x_BLD, keys, mesh, mask)
+        x_BLD, routers, _ = self.blocks(x_BLD, keys, mesh, mask)
         pooled_BD = jnp.mean(self.norm(x_BLD), axis=1, dtype=jnp.float32)
         return ModelOutput(self.head(pooled_BD), routers)
+
+    def loss(
+        self, batch: Batch, *, keys: Key[Array, "B"] | None, mesh: Mesh, label_smoothing: float = 0.0
+    ) -> LossOutput:
+        """Sums over the images: softmax cross-entropy of the smoothed label, and the number of right answers."""
+        output = self(batch["image"], keys=keys, mesh=mesh)
+        targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], self.config.num_classes), label_smoothing)
+        cross_entropy = jnp.sum(optax.softmax_cross_entropy(output.logits, targets))
+        correct = jnp.sum(jnp.argmax(output.logits, axis=-1) == batch["label"], dtype=jnp.float32)
+        return LossOutput(cross_entropy, {"cross_entropy": cross_entropy, "accuracy": correct}, output.routers)
+
+    @staticmethod
+    def terms(batch: Batch) -> float:
+        """How many terms a batch's loss sums up: its images."""
+        return float(len(batch["label"]))
+
+    def score(self, batch: Batch, *, mesh: Mesh) -> Float[Array, "B V"]:
+        """The logits, dropping nothing; rows that the mask marks False are padding."""
+        return self(batch["image"], keys=None, mesh=mesh, mask=batch["mask"]).logits
 
 
 def patches(image: Float[Array, "B h w c"], size: int) -> Float[Array, "B L p"]:

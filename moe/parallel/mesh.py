@@ -21,6 +21,7 @@ LOGICAL_AXES: Mapping[str, str | None] = {
     "embed": "fsdp",
     "mlp": "tensor",
     "heads": "tensor",
+    "vocab": "tensor",
     "expert": "expert",
 }
 

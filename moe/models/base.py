@@ -1,0 +1,44 @@
+"""What every model says of itself, and what it returns."""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import jax
+from jaxtyping import Array, Float
+
+from moe.layers.block import BlocksConfig, RouterOutputs
+
+Batch: TypeAlias = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(BlocksConfig):
+    """The blocks of a model; each model adds what stands around them.
+
+    task: what it learns from, see `moe.tasks`. scored: the arrays of an evaluation batch that its scores depend on.
+    """
+
+    task: ClassVar[str]
+    scored: ClassVar[tuple[str, ...]]
+
+    def train_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """What a training batch holds."""
+        raise NotImplementedError
+
+
+class ModelOutput(NamedTuple):
+    """logits: float32, one score per class or word. routers: see `RouterOutputs`."""
+
+    logits: Float[Array, "*B V"]
+    routers: RouterOutputs
+
+
+class LossOutput(NamedTuple):
+    """Sums over the terms of a batch (images, or tokens with a target), to be divided by their number.
+
+    loss: to be minimised, without the routers' losses. scalars: its parts and measures, by name.
+    """
+
+    loss: Float[Array, ""]
+    scalars: dict[str, Float[Array, ""]]
+    routers: RouterOutputs
