@@ -53,7 +53,8 @@ def main(argv: Sequence[str]) -> None:
     table = read_config(workdir)
     with cli.usage_errors():
         config_lib.override(table, overrides)
-        fit_mesh(table, overrides)
+        if notice := fit_mesh(table, overrides):
+            print(notice)
         config = config_lib.resolve(table)
     result = evaluate_checkpoint(config, workdir, arguments.step)
     print("\n".join(f"{name:<16} {value}" for name, value in result.items()))

@@ -1,6 +1,7 @@
 """The folder of a run: which config it belongs to, whether it can be written, and the model that it holds."""
 
 import dataclasses
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -80,19 +81,20 @@ def read_config(workdir: Path) -> ml_collections.ConfigDict:
         raise CheckpointError(f"{path} can't be read: {error}.") from error
 
 
-def fit_mesh(table: ml_collections.ConfigDict, overrides: Iterable[str]) -> None:
-    """Puts a run from another number of devices on all devices here, copied, and says so: only speed depends on it.
+def fit_mesh(table: ml_collections.ConfigDict, overrides: Iterable[str]) -> str:
+    """Puts a run from another number of devices on all devices here, copied: only speed depends on it.
 
-    Where `overrides` name a mesh, that is wanted, and stays.
+    Returns a sentence that says so, or "". Where `overrides` name a mesh, that is wanted, and stays.
     """
     if any(assignment.startswith("mesh.") for assignment in overrides):
-        return
+        return ""
     mesh = config_lib.resolve(table).mesh
     try:
         make_mesh(mesh)
     except ValueError as error:
         config_lib.override(table, ["mesh.data=-1", "mesh.fsdp=1", "mesh.expert=1", "mesh.tensor=1"])
-        print(f"{error} Evaluating with a copy on each device.")
+        return f"{error} Running with a copy on each device."
+    return ""
 
 
 class Loaded(NamedTuple):
@@ -112,7 +114,8 @@ def load_model(workdir: Path, step: int | None = None, overrides: Sequence[str] 
     """
     table = read_config(workdir)
     config_lib.override(table, overrides)
-    fit_mesh(table, overrides)
+    if notice := fit_mesh(table, overrides):
+        print(notice, file=sys.stderr)
     config = config_lib.resolve(table)
     config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, group_size=1))
     mesh = make_mesh(config.mesh)

@@ -1,6 +1,7 @@
 """Generation: the cache changes nothing, draws are what they should be, and the program as a user runs it."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -32,7 +33,7 @@ TABLE = {
     "moe": {"num_experts": 2, "expert_width": 8},
     "router": {"name": "softmax", "k": 1},
     "optimizer": {"warmup_steps": 0},
-    "mesh": {"data": 1},
+    "mesh": {"data": -1},
 }
 
 
@@ -114,7 +115,7 @@ def test_sampling_out_of_range_and_prompts_that_do_not_fit_are_refused() -> None
 def test_a_stream_waits_for_the_end_of_a_character(capsys: pytest.CaptureFixture[str]) -> None:
     written = []
 
-    def steps() -> "list[np.ndarray]":
+    def steps() -> Iterator[np.ndarray]:
         for byte in "aé€".encode():
             yield np.array([byte, 65])
             written.append(capsys.readouterr().out)
@@ -144,7 +145,7 @@ def run_generate(*argv: str) -> int:
 
 def test_the_program_continues_prompts(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each prompt with its continuation; the same again for the same seed; and mistakes in one sentence."""
-    common = [f"--workdir={workdir}", "--max-tokens=5", "--config.mesh.data=1"]
+    common = [f"--workdir={workdir}", "--max-tokens=5"]
     outputs = []
     for seed in (0, 0, 1):
         assert run_generate(*common, "--prompt=def", "--prompt=import os", f"--seed={seed}") == 0
