@@ -71,10 +71,16 @@ class Grouped(NamedTuple):
     sizes: Int[Array, "E"]
 
 
+def most_blocks(num_rows: int, num_groups: int, block: int) -> int:
+    """How many blocks of `block` rows hold `num_rows` rows in groups, none of two groups, at the worst split."""
+    nonempty = min(num_groups, num_rows)
+    return (num_rows - nonempty) // block + nonempty
+
+
 def group_rows(expert_N: Int[Array, "N"], valid_N: Bool[Array, "N"], num_experts: int, block: int) -> Grouped:
-    """Sorts the valid rows by expert, in their order, into P = (⌊N / block⌋ + E) block places."""
+    """Sorts the valid rows by expert, in their order, into P places, `block` times `most_blocks`."""
     num_rows = expert_N.shape[0]
-    num_places = (num_rows // block + num_experts) * block
+    num_places = most_blocks(num_rows, num_experts, block) * block
     count_E = jnp.sum(jax.nn.one_hot(expert_N, num_experts, dtype=jnp.int32) * valid_N[:, None], axis=0)
     sizes_E = -(-count_E // block) * block
     start_E = jnp.cumsum(sizes_E) - sizes_E

@@ -58,7 +58,7 @@ def dispatch(
     else:
         places = x_GTD.shape[1] if capacity is None else capacity
         run = partial(_with_capacity, apply_experts, num_experts=num_experts, capacity=places)
-    if not divides:
+    if not divides or mesh.size == 1:
         return run(weights, x_GTD, routing)
     batch = PartitionSpec(BATCH_AXES)
     # Within an expert's matrices only the expert and tensor axes stay apart: fsdp shards are gathered at the border.
@@ -168,9 +168,11 @@ def _sorted_rows_through_experts(
     tensor_axis: str | None,
 ) -> Float[Array, "N D"]:
     """What its expert returns for each row x[index]; zeros for the rows that aren't valid."""
-    # A quarter of what an expert may expect, down to a power of two: padding stays small beside the rows.
-    quarter = max(1, expert_N.shape[0] // (4 * num_experts))
-    block = min(_BLOCK, max(_LEAST_BLOCK, 1 << quarter.bit_length() - 1))
+    block = 1
+    if implementation == "megablox":
+        # A quarter of what an expert may expect, down to a power of two: padding stays small beside the rows.
+        quarter = max(1, expert_N.shape[0] // (4 * num_experts))
+        block = min(_BLOCK, max(_LEAST_BLOCK, 1 << quarter.bit_length() - 1))
     rows = group_rows(expert_N, valid_N, num_experts, block)
     index_P = index_N.at[rows.source].get(mode="fill", fill_value=x_SD.shape[0])
     x_PD = x_SD.at[index_P].get(mode="fill", fill_value=0)

@@ -123,8 +123,8 @@ def test_rows_are_grouped_in_whole_blocks() -> None:
     expert_N, valid_N = jnp.array([2, 0, 2, 1, 0, 2]), jnp.array([True, True, False, True, True, True])
     grouped = group_rows(expert_N, valid_N, 4, 2)
     np.testing.assert_array_equal(grouped.sizes, [2, 2, 2, 0])
-    np.testing.assert_array_equal(grouped.source, [1, 4, 3, 6, 0, 5] + [6] * 8)
-    np.testing.assert_array_equal(grouped.place, [4, 0, 14, 2, 1, 5])
+    np.testing.assert_array_equal(grouped.source, [1, 4, 3, 6, 0, 5] + [6] * 4)
+    np.testing.assert_array_equal(grouped.place, [4, 0, 10, 2, 1, 5])
 
 
 def test_every_shard_has_room_for_all_rows() -> None:
