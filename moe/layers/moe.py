@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moe.layers.mlp import WEIGHT_AXES, Activation, init_mlp, mlp
 from moe.layers.param import RouterState, matrix
 from moe.ops.permute import capacity
-from moe.parallel.dispatch import Implementation, dispatch, sorts_fast
+from moe.parallel.dispatch import dispatch, sorts_fast
 from moe.parallel.mesh import Axes
 from moe.routers.base import Router
 from moe.routers.metrics import routing_metrics
@@ -193,7 +193,7 @@ class Moe(nnx.Module):
         logits_BL1 = jnp.einsum("BLD,DX->BLX", x_BLD.astype(jnp.float32), weights["gate"], precision="highest")
         return (jax.nn.sigmoid(logits_BL1) * y_BLD).astype(x_BLD.dtype)
 
-    def _places(self, num_tokens: int, groups: int, mesh: Mesh, *, training: bool) -> tuple[Implementation, int | None]:
+    def _places(self, num_tokens: int, groups: int, mesh: Mesh, *, training: bool) -> tuple[str, int | None]:
         """How rows get to experts, and the places in each expert's queue."""
         config = self.config
         k = config.num_experts if self.router.k is None else self.router.k
@@ -201,7 +201,7 @@ class Moe(nnx.Module):
         fast = config.dispatch == "auto" and training and sorts_fast(mesh, groups * num_tokens * k, config.num_experts)
         if config.dispatch == "dropless" or factor == 0 or fast:
             return "dropless", None
-        implementation: Implementation = "einsum" if config.dispatch == "einsum" else "capacity"
+        implementation = "einsum" if config.dispatch == "einsum" else "capacity"
         return implementation, capacity(factor, num_tokens, k, config.num_experts)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +19,7 @@ Weights = dict[str, Float[Array, "..."]]
 Product = Callable[[Array, Array], Array]
 ApplyExperts = Callable[[Weights, Float[Array, "*e n D"], Product], Float[Array, "*e n D"]]
 
-Implementation = Literal["einsum", "capacity", "dropless"]
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("einsum", "capacity", "dropless")
+IMPLEMENTATIONS = ("einsum", "capacity", "dropless")
 
 # Rows that one product takes, at most and at least.
 _BLOCK, _LEAST_BLOCK = 128, 8
@@ -55,7 +53,7 @@ def dispatch(
     num_experts: int,
     capacity: int | None,
     mesh: Mesh,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
     receive_factor: float = 2.0,
 ) -> tuple[Float[Array, "G T D"], Int[Array, "G"]]:
     """Runs each token through its experts and adds up what they return, by combine weight.
@@ -78,6 +76,8 @@ def dispatch(
     without queues dealt out by rows.
     """
     name = _chosen(implementation, capacity)
+    if not receive_factor > 0:
+        raise ValueError(f"receive_factor = {receive_factor} must be positive.")
     _check_shapes(weights, x_GTD, routing, num_experts)
     divides = x_GTD.shape[0] % batch_shards(mesh) == 0
     # Within an expert's matrices only the expert and tensor axes stay apart: fsdp shards are gathered at the border.
@@ -117,7 +117,7 @@ def _platform(mesh: Mesh) -> str:
     return mesh.devices.flat[0].platform
 
 
-def _chosen(implementation: Implementation | None, capacity: int | None) -> Implementation:
+def _chosen(implementation: str | None, capacity: int | None) -> str:
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation = {implementation!r} must be None or one of {', '.join(IMPLEMENTATIONS)}.")
     if capacity is not None and capacity < 1:
