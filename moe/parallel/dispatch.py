@@ -76,6 +76,7 @@ def dispatch(
     without queues dealt out by rows.
     """
     name = _chosen(implementation, capacity)
+    apply_experts = partial(_apply_pieces, apply_experts)
     if not receive_factor > 0:
         raise ValueError(f"receive_factor = {receive_factor} must be positive.")
     _check_shapes(weights, x_GTD, routing, num_experts)
@@ -111,6 +112,11 @@ def dispatch(
     return jax.shard_map(
         run, mesh=mesh, in_specs=(weight_specs, batch, batch), out_specs=(batch, batch), check_vma=check_vma
     )(weights, x_GTD, routing)
+
+
+def _apply_pieces(apply_experts: ApplyExperts, weights: Weights, x: Array, product: Product) -> Array:
+    """`apply_experts`, where x comes to differ along the tensor axis once, and so do its gradients add up once."""
+    return apply_experts(weights, vary_like(x, next(iter(weights.values()))), product)
 
 
 def _platform(mesh: Mesh) -> str:
