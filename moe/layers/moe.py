@@ -59,7 +59,7 @@ class MoeConfig:
                 raise ValueError(f"moe.{name} = {getattr(self, name)} must be at least 1.")
         for name in ("group_size", "capacity_factor", "evaluation_capacity_factor", "shared_experts"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"moe.{name} = {getattr(self, name)} must not be negative, and finite.")
+                raise ValueError(f"moe.{name} = {getattr(self, name)} must be finite and not negative.")
         if self.dispatch in ("einsum", "capacity") and self.capacity_factor == 0:
             raise ValueError(
                 f"moe.dispatch = '{self.dispatch}' needs a moe.capacity_factor above 0, not {self.capacity_factor}: to "

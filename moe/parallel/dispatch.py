@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,9 +110,16 @@ def dispatch(
         if not divides:
             return run(weights, x_GTD, routing)
         run = partial(run, expert_axis="expert", tensor_axis="tensor")
+    # Or the backward pass of a scan over layers would keep the matrices of every layer a second time.
+    run = jax.checkpoint(run, policy=_not_a_copy, prevent_cse=False)
     return jax.shard_map(
         run, mesh=mesh, in_specs=(weight_specs, batch, batch), out_specs=(batch, batch), check_vma=check_vma
     )(weights, x_GTD, routing)
+
+
+def _not_a_copy(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy of `jax.checkpoint`: keep all but what is an array again, of another type or marked as varying."""
+    return primitive.name not in ("pvary", "convert_element_type")
 
 
 def _apply_pieces(apply_experts: ApplyExperts, weights: Weights, x: Array, product: Product) -> Array:

@@ -1,5 +1,6 @@
 """Bytes that a layer's devices trade, counted from the compiled program: in proportion to tokens, not to experts."""
 
+import functools
 import math
 import re
 from typing import Any
@@ -34,7 +35,8 @@ def traded_bytes(hlo: str) -> int:
     return total
 
 
-def layer_bytes(way: str, num_tokens: int, num_experts: int, receive_factor: float = 2.0) -> int:
+@functools.cache
+def layer_bytes(way: str, num_tokens: int, num_experts: int, receive_factor: float = float(SHARDS)) -> int:
     """Of output and gradients, for one group of tokens on each of eight devices that share the experts."""
     shapes = {"w_in": (WIDTH, HIDDEN), "w_gate": (WIDTH, HIDDEN), "w_out": (HIDDEN, WIDTH)}
     like = jax.ShapeDtypeStruct
@@ -58,15 +60,17 @@ def layer_bytes(way: str, num_tokens: int, num_experts: int, receive_factor: flo
 
 @pytest.mark.parametrize("way", ["einsum", "capacity", "dropless"])
 def test_bytes_follow_the_tokens_and_not_the_experts(way: str) -> None:
-    """Four journeys of rows of the model's width, and little else."""
-    base = layer_bytes(way, num_tokens=64, num_experts=8)
+    """Four journeys of rows of the model's width, and little else; dropless with room for any routing."""
+    base = layer_bytes(way, num_tokens=64, num_experts=16)
     assert layer_bytes(way, num_tokens=64, num_experts=32) == pytest.approx(base, rel=0.01)
-    assert layer_bytes(way, num_tokens=128, num_experts=8) == pytest.approx(2 * base, rel=0.01)
-    rows = 64 * K
-    assert base >= 4 * rows * 4 * WIDTH
+    assert layer_bytes(way, num_tokens=128, num_experts=16) == pytest.approx(2 * base, rel=0.01)
+    journeys = 4 * (64 * K) * 4 * WIDTH
+    assert base == pytest.approx(journeys if way != "dropless" else SHARDS * journeys, rel=0.15)
 
 
-def test_bytes_of_rows_are_bounded_by_the_room_for_them() -> None:
-    """Less room at a time, fewer bytes in a round."""
-    double, single = (layer_bytes("dropless", 64, 32, receive_factor) for receive_factor in (2.0, 1.0))
-    assert single == pytest.approx(double / 2, rel=0.01)
+def test_a_round_with_less_room_trades_less() -> None:
+    """Room for an even share: an eighth of the bytes, counted for the first round and, with what the backward pass
+    computes again, for a later one.
+    """
+    most = layer_bytes("dropless", num_tokens=64, num_experts=16)
+    assert layer_bytes("dropless", num_tokens=64, num_experts=16, receive_factor=1.0) < 0.3 * most
