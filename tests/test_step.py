@@ -22,6 +22,7 @@ from moe.models import ViTConfig
 from moe.optim import OptimizerConfig
 from moe.parallel.mesh import MeshConfig, make_mesh
 from moe.routers import ROUTERS, Router, Sigmoid, Softmax
+from tests.jaxprs import equations_of
 
 BATCH = 16
 MODEL = ViTConfig(width=16, depth=2, heads=2, mlp_width=16, moe_every=1, patch_size=4)
@@ -262,19 +263,38 @@ def test_the_state_of_a_router_is_the_same_on_every_device_and_in_a_checkpoint(r
     jax.tree.map(np.testing.assert_array_equal, restored.variables.router_state, after)
 
 
-@pytest.mark.parametrize("dispatch", ["einsum", "capacity", "dropless"])
-def test_expert_gradients_are_not_kept_per_layer_under_scan(dispatch: str) -> None:
-    """More layers take more memory for activations alone, beside the stacked gradient, which is the result."""
+def scanned_step(dispatch: str, depth: int) -> train.Step:
+    """Experts that outweigh the activations."""
     moe = dataclasses.replace(CONFIG.moe, num_experts=8, expert_width=128, dispatch=dispatch)
+    model = dataclasses.replace(MODEL, width=128, depth=depth, scan_layers=True)
+    config = dataclasses.replace(one_device("softmax"), model=model, moe=moe, batch_size=2)
+    return train.make_step(config, make_mesh(config.mesh, jax.devices()[:1]))
+
+
+@pytest.mark.parametrize("dispatch", ["einsum", "capacity", "dropless"])
+def test_a_scan_over_layers_stacks_the_experts_gradients_once(dispatch: str) -> None:
+    """As the result of the backward scan; the forward scan keeps no matrix of theirs for it."""
+    depth = 3
+    step = scanned_step(dispatch, depth)
+    program = jax.make_jaxpr(step.gradients)(step.abstract_state, step.abstract_batch)
+    scans = [
+        one for one in equations_of(program.jaxpr) if one.primitive.name == "scan" and one.params["length"] == depth
+    ]
+    stacked = {
+        one.params["reverse"]: sum(out.aval.shape == (depth, 8, 128, 128) for out in one.outvars) for one in scans
+    }
+    assert stacked == {False: 0, True: 2}
+
+
+def test_more_layers_take_more_memory_for_activations_alone() -> None:
+    """As compiled; the stacked gradient is the result and isn't counted."""
 
     def temporary_bytes(depth: int) -> int:
-        model = dataclasses.replace(MODEL, width=128, depth=depth, scan_layers=True)
-        config = dataclasses.replace(one_device("softmax"), model=model, moe=moe, batch_size=2)
-        step = train.make_step(config, make_mesh(config.mesh, jax.devices()[:1]))
+        step = scanned_step("capacity", depth)
         compiled = jax.jit(step.gradients).lower(step.abstract_state, step.abstract_batch).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    expert_gradients = 4 * moe.num_experts * 2 * 128 * moe.expert_width
+    expert_gradients = 4 * 8 * 2 * 128 * 128
     assert (temporary_bytes(8) - temporary_bytes(2)) / 6 < 0.5 * expert_gradients
 
 

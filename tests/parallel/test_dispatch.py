@@ -13,6 +13,7 @@ from moe.parallel import dispatch as dispatch_module
 from moe.parallel.dispatch import IMPLEMENTATIONS, sorts_fast
 from moe.parallel.mesh import MeshConfig, make_mesh
 from moe.types import Assignments, Slots
+from tests.jaxprs import equations_of
 from tests.parallel.helpers import (
     EXPERTS,
     GROUPS,
@@ -133,17 +134,8 @@ def largest_array(way: str, num_tokens: int, num_experts: int, places: int) -> i
     capacity = None if way == "dropless" else places
     mesh = mesh_of("one device")
     program = jax.make_jaxpr(lambda: run(case, mesh, implementation=way, capacity=capacity))()
-    return max(int(np.prod(aval.shape)) for aval in arrays_of(program.jaxpr))
-
-
-def arrays_of(jaxpr: Any) -> Iterator[Any]:
-    """Shapes of everything that a program computes, loops and inner programs included."""
-    for equation in jaxpr.eqns:
-        yield from (variable.aval for variable in equation.outvars if hasattr(variable.aval, "shape"))
-        for leaf in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
-            inner = getattr(leaf, "jaxpr", leaf)
-            if hasattr(inner, "eqns"):
-                yield from arrays_of(inner)
+    outputs = [out.aval for equation in equations_of(program.jaxpr) for out in equation.outvars]
+    return max(int(np.prod(aval.shape)) for aval in outputs if hasattr(aval, "shape"))
 
 
 @pytest.mark.parametrize("way", IMPLEMENTATIONS)
