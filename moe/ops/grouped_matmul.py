@@ -117,13 +117,13 @@ def _run(implementation: str | None, table: dict[str, Callable], *arguments: Arr
 class Blocks(NamedTuple):
     """The M products that cover all groups, of `size` rows at most, a power of two; those in excess have none.
 
-    group: whose rows. start: the first row. count: how many rows.
+    group: whose rows. start: the first one. rows: how many.
     """
 
     size: int
     group: Int[Array, "M"]
     start: Int[Array, "M"]
-    count: Int[Array, "M"]
+    rows: Int[Array, "M"]
 
     @property
     def lengths(self) -> range:

@@ -84,7 +84,7 @@ def test_groups_are_cut_into_blocks() -> None:
     """Blocks of 8 rows, the average group's: three, none, one and two of them, and one in reserve."""
     blocks = cut(jnp.array([20, 0, 3, 9]), 32)
     assert blocks.size == 8
-    np.testing.assert_array_equal(blocks.count, [8, 8, 4, 3, 8, 1, 0])
+    np.testing.assert_array_equal(blocks.rows, [8, 8, 4, 3, 8, 1, 0])
     np.testing.assert_array_equal(blocks.group[:6], [0, 0, 0, 2, 3, 3])
     np.testing.assert_array_equal(blocks.start[:6], [0, 8, 16, 20, 23, 31])
 
@@ -135,8 +135,8 @@ def test_flops_at_run_time_are_within_a_seventh_of_the_rows(share: float) -> Non
     lengths = list(blocks.lengths)
     for index in (0, 1, len(lengths) - 1):
         counted = flops_of("blocks", rows, choose=lambda costs, index=index: costs[index])
-        assert counted == pytest.approx(len(blocks.count) * lengths[index] / rows)
-    run = -(-np.asarray(blocks.count) // blocks.lengths.step) * blocks.lengths.step
+        assert counted == pytest.approx(len(blocks.rows) * lengths[index] / rows)
+    run = -(-np.asarray(blocks.rows) // blocks.lengths.step) * blocks.lengths.step
     assert run.sum() <= 1.15 * rows
 
 
