@@ -2,13 +2,14 @@
 
 import math
 import re
+from collections.abc import Callable
 
 
-def compiled_flops(hlo: str) -> float:
+def compiled_flops(hlo: str, choose: Callable[[list[float]], float] = max) -> float:
     """2 x the multiplications of every `dot` in optimised HLO, times the trip counts of the loops around it.
 
-    A conditional counts as its dearest branch. Raises ValueError for a loop whose trip count XLA doesn't state, and for
-    a custom call, whose cost can't be read.
+    A conditional counts as its dearest branch, or what `choose` makes of its branches' counts. Raises ValueError for a
+    loop whose trip count XLA doesn't state, and for a custom call, whose cost can't be read.
     """
     computations = {
         name: body.splitlines()
@@ -36,7 +37,7 @@ def compiled_flops(hlo: str) -> float:
         if " conditional(" in line:
             names = re.findall(r"(?:true_computation|false_computation)=%([^,\s]+)", line)
             names += re.findall(r"%([^,\s}]+)", (re.search(r"branch_computations=\{([^}]*)\}", line) or ["", ""])[1])
-            return max(cost(name) for name in names)
+            return choose([cost(name) for name in names])
         if re.search(r" custom-call\(", line) and not re.search(r'custom_call_target="(?:TopK|Sharding)"', line):
             raise ValueError(f"a custom call: {line.strip()[:200]}")
         called = re.search(r" (?:fusion|call)\(.*(?:calls|to_apply)=%([^,\s]+)", line)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import train
+from moe.checkpoint import Checkpoints
 from moe.config import Config
 from moe.data.pipeline import DataConfig
 from moe.layers.moe import MoeConfig
@@ -20,6 +22,7 @@ from moe.models import ViTConfig
 from moe.optim import OptimizerConfig
 from moe.parallel.mesh import MeshConfig, make_mesh
 from moe.routers import ROUTERS, Router, Sigmoid, Softmax
+from tests.jaxprs import equations_of
 
 BATCH = 16
 MODEL = ViTConfig(width=16, depth=2, heads=2, mlp_width=16, moe_every=1, patch_size=4)
@@ -36,7 +39,7 @@ CONFIG = Config(
 MESHES = {
     "data=8": MeshConfig(data=8),
     "data=2,expert=4": MeshConfig(data=2, expert=4),
-    "fsdp=4,tensor=2": MeshConfig(data=1, fsdp=4, tensor=2),
+    "fsdp=2,expert=2,tensor=2": MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
 }
 
 
@@ -98,14 +101,15 @@ def assert_same(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
     jax.tree_util.tree_map_with_path(one, actual, expected)
 
 
-# Every mesh for the main routers, one mesh for every other: they differ before the dispatch, which is where meshes do.
+# Every mesh for the main routers, one mesh for those with a state; `tests/layers/test_moe_meshes.py` has all of them.
 MAIN_ROUTERS = ("softmax", "sparse_topk", "successive_halving")
+WITH_STATE = [name for name, router in ROUTERS.items() if router().init(CONFIG.moe.num_experts)[1]]
 
 
 @pytest.mark.parametrize(
     ("mesh", "router"),
     [(mesh, name) for mesh in MESHES for name in MAIN_ROUTERS]
-    + [("data=2,expert=4", name) for name in ROUTERS if name not in MAIN_ROUTERS],
+    + [("data=2,expert=4", name) for name in WITH_STATE if name not in MAIN_ROUTERS],
 )
 def test_the_mesh_changes_neither_losses_nor_gradients(mesh: str, router: str) -> None:
     config = dataclasses.replace(one_device(router), mesh=MESHES[mesh])
@@ -233,6 +237,65 @@ def test_the_state_of_a_router_lives_from_step_to_step() -> None:
     np.testing.assert_allclose(load.sum(axis=1), 2, rtol=1e-5)
     np.testing.assert_array_equal(second["bias"], 0.25 * np.sign(load.mean(axis=1, keepdims=True) - load))
     assert (second["bias"] != 0).any(axis=1).all()
+
+
+@pytest.mark.parametrize("router", WITH_STATE)
+def test_the_state_of_a_router_is_the_same_on_every_device_and_in_a_checkpoint(router: str, tmp_path: Path) -> None:
+    """After a step on a mesh, from there into a checkpoint, and out of it onto another mesh."""
+    config = one_device(router)
+    mesh = make_mesh(MESHES["data=2,expert=4"])
+    step = train.make_step(dataclasses.replace(config, mesh=MESHES["data=2,expert=4"]), mesh)
+    born = step.init(jax.random.key(0))
+    before = jax.device_get(born.variables.router_state)
+    state, _ = step.train(born, train.to_devices(make_batch(), ("image", "label"), mesh))
+    after = jax.device_get(state.variables.router_state)
+    leaves = jax.tree.leaves(state.variables.router_state)
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
+    for leaf in leaves:
+        assert len(leaf.addressable_shards) == 8
+        for shard in leaf.addressable_shards:
+            np.testing.assert_array_equal(shard.data, leaf)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, state, {})
+    checkpoints.close()
+    other = train.make_step(config, make_mesh(config.mesh, jax.devices()[:1]))
+    restored, _ = Checkpoints(tmp_path).restore(1, other.abstract_state)
+    jax.tree.map(np.testing.assert_array_equal, restored.variables.router_state, after)
+
+
+def scanned_step(dispatch: str, depth: int) -> train.Step:
+    """Experts that outweigh the activations."""
+    moe = dataclasses.replace(CONFIG.moe, num_experts=8, expert_width=128, dispatch=dispatch)
+    model = dataclasses.replace(MODEL, width=128, depth=depth, scan_layers=True)
+    config = dataclasses.replace(one_device("softmax"), model=model, moe=moe, batch_size=2)
+    return train.make_step(config, make_mesh(config.mesh, jax.devices()[:1]))
+
+
+@pytest.mark.parametrize("dispatch", ["einsum", "capacity", "dropless"])
+def test_a_scan_over_layers_stacks_the_experts_gradients_once(dispatch: str) -> None:
+    """As the result of the backward scan; the forward scan keeps no matrix of theirs for it."""
+    depth = 3
+    step = scanned_step(dispatch, depth)
+    program = jax.make_jaxpr(step.gradients)(step.abstract_state, step.abstract_batch)
+    scans = [
+        one for one in equations_of(program.jaxpr) if one.primitive.name == "scan" and one.params["length"] == depth
+    ]
+    stacked = {
+        one.params["reverse"]: sum(out.aval.shape == (depth, 8, 128, 128) for out in one.outvars) for one in scans
+    }
+    assert stacked == {False: 0, True: 2}
+
+
+def test_more_layers_take_more_memory_for_activations_alone() -> None:
+    """As compiled; the stacked gradient is the result and isn't counted."""
+
+    def temporary_bytes(depth: int) -> int:
+        step = scanned_step("capacity", depth)
+        compiled = jax.jit(step.gradients).lower(step.abstract_state, step.abstract_batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    expert_gradients = 4 * 8 * 2 * 128 * 128
+    assert (temporary_bytes(8) - temporary_bytes(2)) / 6 < 0.5 * expert_gradients
 
 
 def test_balance_over_the_batch_is_the_same_on_a_mesh() -> None:

@@ -213,27 +213,26 @@ def _bisect(equation: _Equation, steps: int) -> tuple[Array, Array]:
     """Bounds of beta after so many halvings; nothing pools at 0, and at 1 the mask's sum is at most k."""
 
     def halve(_: Array, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
-        near, far = bracket
-        middle = 0.5 * (near + far)
+        near, width = bracket
+        middle = near + 0.5 * width
         total = add_up(_masks(equation.above(equation.at(middle)), equation.r), equation.axes)
-        above = total >= equation.k
-        return jnp.where(above, middle, near), jnp.where(above, far, middle)
+        return jnp.where(total >= equation.k, middle, near), 0.5 * width
 
     shape = tuple(1 if axis in equation.axes else size for axis, size in enumerate(equation.heights.shape))
     zero = vary_like(jnp.zeros(shape, equation.heights.dtype), equation.heights)
-    near, far = lax.fori_loop(0, steps, halve, (zero, zero + 1))
-    return equation.at(near), equation.at(far)
+    # All brackets are of one width, so that a step stores one number per problem; both are exact in binary.
+    near, width = lax.fori_loop(0, steps, halve, (zero, jnp.ones((), zero.dtype)))
+    return equation.at(near), equation.at(near + width)
 
 
 class _Iterate(NamedTuple):
-    """Bounds of beta, beta, the beta before and its excess (0 before the first step), and the last step's length."""
+    """Bounds of beta, beta, the beta before, and the excess there (0 before the first step)."""
 
     near: Float[Array, "#a 1 #c"]
     far: Float[Array, "#a 1 #c"]
     beta: Float[Array, "#a 1 #c"]
     previous: Float[Array, "#a 1 #c"]
     excess: Float[Array, "#a 1 #c"]
-    length: Float[Array, "#a 1 #c"]
 
 
 def _polish(equation: _Equation, near: Array, far: Array, steps: int) -> tuple[Array, Array]:
@@ -253,12 +252,11 @@ def _polish(equation: _Equation, near: Array, far: Array, steps: int) -> tuple[A
         between = excess * state.excess < 0
         secant = beta + excess * (previous - beta) / jnp.where(between, excess - state.excess, 1)
         to_and_fro = between & ((newton - beta) * (newton - previous) >= 0)
-        following = jnp.where(to_and_fro, secant, newton)
-        return _Iterate(near, far, following, beta, excess, jnp.abs(following - beta))
+        return _Iterate(near, far, jnp.where(to_and_fro, secant, newton), beta, excess)
 
     middle = 0.5 * (near + far)
-    state = lax.fori_loop(0, steps, step, _Iterate(near, far, middle, middle, 0 * middle, far - near))
-    return state.beta, state.length
+    state = lax.fori_loop(0, steps, step, _Iterate(near, far, middle, middle, 0 * middle))
+    return state.beta, jnp.abs(state.beta - state.previous)
 
 
 def _excess_and_slope(equation: _Equation, beta: Float[Array, "#a 1 #c"]) -> tuple[Array, Array]:

@@ -6,17 +6,19 @@ TPU unless a compiler option says otherwise (in the weights' gradient on some ve
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from moe.ops.permute import most_blocks
+
 IMPLEMENTATIONS = ("blocks", "ragged_dot", "megablox")
 
-# A matrix's gradient is added up in pieces that stay in a core's cache.
-_PIECE_BYTES = 1 << 19
+# On CPU: rows of a block at most and at least, and how many lengths of blocks are compiled.
+_MOST_ROWS, _LEAST_ROWS, _LENGTHS = 512, 8, 16
 # Rows, contraction and columns of a tile on TPU, as large as its matrix unit and memory like them.
 _TILES = (512, 1024, 1024)
 
@@ -32,10 +34,10 @@ def grouped_matmul(
     """y_n = x_n w_e for the rows n of group e; float32 sums, in x's dtype.
 
     Group e holds sizes_E[e] rows and begins where group e - 1 ends; rows past the last group give zeros.
-    block: every size, and N, is a multiple of it.
-    implementation: "blocks", a loop over blocks of one expert each that skips unused ones (needs a block worth a
-        product); "ragged_dot", `lax.ragged_dot`; "megablox", the Pallas kernel for TPUs that comes with JAX. None:
-        blocks on CPU, megablox on TPU, ragged_dot elsewhere.
+    block: every size, and N, is a multiple of it; megablox multiplies fewer rows twice if it is large.
+    implementation: "blocks", a loop over products of some rows of one group each, as many as it has; "ragged_dot",
+        `lax.ragged_dot`; "megablox", the Pallas kernel for TPUs that comes with JAX. None: blocks on CPU, megablox on
+        TPU, ragged_dot elsewhere.
     Raises ValueError for shapes that don't fit, and NotImplementedError for megablox off TPUs.
     """
     if x_NX.shape[1] != w_EXY.shape[1] or sizes_E.shape[0] != w_EXY.shape[0]:
@@ -48,6 +50,8 @@ def grouped_matmul(
         raise ValueError(f"implementation = {implementation!r} must be None or one of {', '.join(IMPLEMENTATIONS)}.")
     # In shard_map, what the rows' devices add to a matrix's gradient is summed where the matrix came to vary.
     x_NX, w_EXY = _vary_alike(x_NX, w_EXY.astype(x_NX.dtype))
+    if x_NX.shape[0] == 0:
+        return x_NX @ w_EXY[0]
     return _product(x_NX, w_EXY, sizes_E, block, implementation)
 
 
@@ -76,7 +80,7 @@ def _rows_by_matrices(
     return _run(
         implementation,
         {
-            "blocks": functools.partial(_blocks_by_matrices, block=block, transpose=transpose),
+            "blocks": functools.partial(_blocks_by_matrices, transpose=transpose),
             "ragged_dot": functools.partial(_ragged_by_matrices, transpose=transpose),
             "megablox": functools.partial(_megablox_by_matrices, transpose=transpose),
         },
@@ -91,7 +95,7 @@ def _rows_by_rows(x: Array, y: Array, sizes: Array, block: int, implementation: 
     return _run(
         implementation,
         {
-            "blocks": functools.partial(_blocks_by_rows, block=block),
+            "blocks": _blocks_by_rows,
             "ragged_dot": _ragged_by_rows,
             "megablox": _megablox_by_rows,
         },
@@ -110,60 +114,96 @@ def _run(implementation: str | None, table: dict[str, Callable], *arguments: Arr
 # Blocks ---------------------------------------------------------------------------------------------------------------
 
 
-def block_experts(sizes_E: Int[Array, "E"], block: int, num_blocks: int) -> Int[Array, "M"]:
-    """The expert of each block of rows; E for the blocks past the last group."""
-    ends_E = jnp.cumsum(sizes_E)
-    return jnp.searchsorted(ends_E, jnp.arange(num_blocks, dtype=ends_E.dtype) * block, side="right")
+class Blocks(NamedTuple):
+    """The M products that cover all groups, of `size` rows at most, a power of two; those in excess have none.
+
+    group: whose rows. start: the first one. rows: how many.
+    """
+
+    size: int
+    group: Int[Array, "M"]
+    start: Int[Array, "M"]
+    rows: Int[Array, "M"]
+
+    @property
+    def lengths(self) -> range:
+        """Row counts that a program is compiled for; a block takes the least that holds its rows."""
+        return range(0, self.size + 1, max(self.size // _LENGTHS, min(self.size, _LEAST_ROWS)))
 
 
-def _blocks_by_matrices(x: Array, w: Array, sizes: Array, *, block: int, transpose: bool) -> Array:
-    num_experts = w.shape[0]
-    contract = 1 if transpose else 0
-    width = w.shape[1] if transpose else w.shape[2]
-    blocks = x.reshape(-1, block, x.shape[1])
-
-    def one(item: tuple[Array, Array]) -> Array:
-        rows, expert = item
-
-        def multiply(rows: Array) -> Array:
-            matrix = lax.dynamic_index_in_dim(w, expert, keepdims=False)
-            sums = lax.dot_general(rows, matrix, (((1,), (contract,)), ((), ())), preferred_element_type=jnp.float32)
-            return sums.astype(rows.dtype)
-
-        return lax.cond(expert < num_experts, multiply, lambda rows: _zeros_like((block, width), rows), rows)
-
-    return lax.map(one, (blocks, block_experts(sizes, block, blocks.shape[0]))).reshape(-1, width)
+def cut(sizes_E: Int[Array, "E"], num_rows: int) -> Blocks:
+    """Cuts groups of `sizes_E` consecutive rows, `num_rows` at most in all, into blocks."""
+    num_groups = sizes_E.shape[0]
+    # As long as a group of average size, so that most groups are one block or two.
+    average = 1 << max(0, num_rows // num_groups - 1).bit_length()
+    size = min(_MOST_ROWS, max(_LEAST_ROWS, average), 1 << num_rows.bit_length() - 1)
+    blocks_E = -(-sizes_E // size)
+    index_M = jnp.arange(most_blocks(num_rows, num_groups, size), dtype=jnp.int32)
+    found_M = jnp.searchsorted(jnp.cumsum(blocks_E), index_M, side="right").astype(jnp.int32)
+    group_M = jnp.minimum(found_M, num_groups - 1)
+    before_M = size * (index_M - (jnp.cumsum(blocks_E) - blocks_E)[group_M])
+    count_M = jnp.where(found_M < num_groups, jnp.clip(sizes_E[group_M] - before_M, 0, size), 0)
+    return Blocks(size, group_M, (jnp.cumsum(sizes_E) - sizes_E)[group_M] + before_M, count_M)
 
 
-def _blocks_by_rows(x: Array, y: Array, sizes: Array, *, block: int) -> Array:
-    num_experts, width = sizes.shape[0], y.shape[1]
-    experts = block_experts(sizes, block, x.shape[0] // block)
-    pieces = _pieces(x.shape[1], width)
+def _blocks_by_matrices(x: Array, w: Array, sizes: Array, *, transpose: bool) -> Array:
+    num_rows, width = x.shape[0], w.shape[1] if transpose else w.shape[2]
+    numbers = (((1,), (1 if transpose else 0,)), ((), ()))
+    blocks = cut(sizes, num_rows)
 
-    def piece(columns: Array) -> Array:
-        def add(sums: Array, item: tuple[Array, Array, Array]) -> tuple[Array, None]:
-            rows, others, expert = item
+    def add(y: Array, item: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        group, start, count = item
+        first = jnp.minimum(start, num_rows - blocks.size)
 
-            def multiply(sums: Array) -> Array:
-                product = lax.dot_general(rows, others, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-                return sums.at[expert].add(product, mode="promise_in_bounds")
+        def multiply(length: int, matrix: Array) -> Array:
+            part = _zeros_like((blocks.size, width), matrix)
+            if length == 0:
+                return part
+            at, rows = _rows(x, start, count, length)
+            sums = lax.dot_general(rows, matrix, numbers, preferred_element_type=jnp.float32)
+            return lax.dynamic_update_slice_in_dim(part, sums.astype(x.dtype), at - first, axis=0)
 
-            return lax.cond(expert < num_experts, multiply, lambda sums: sums, sums), None
+        part = _by_length(blocks, count, multiply, lax.dynamic_index_in_dim(w, group, keepdims=False))
+        # Other blocks' rows get zeros from this one: to add keeps what they have, and it is done in place.
+        part += lax.dynamic_slice_in_dim(y, first, blocks.size)
+        return lax.dynamic_update_slice_in_dim(y, part, first, axis=0), None
 
-        start = _zeros_like((num_experts, x.shape[1], width // pieces), x, jnp.float32)
-        items = (x.reshape(-1, block, x.shape[1]), columns.reshape(-1, block, width // pieces), experts)
-        return lax.scan(add, start, items)[0]
-
-    if pieces == 1:
-        return piece(y)
-    sums = lax.map(piece, jnp.moveaxis(y.reshape(-1, pieces, width // pieces), 1, 0))
-    return jnp.moveaxis(sums, 0, 2).reshape(num_experts, x.shape[1], width)
+    return lax.scan(add, _zeros_like((num_rows, width), x), blocks[1:])[0]
 
 
-def _pieces(rows: int, width: int) -> int:
-    """Into how many pieces, of whole columns, a float32 matrix is cut so that each stays in cache."""
-    wanted = -(-4 * rows * width // _PIECE_BYTES)
-    return next(count for count in range(min(wanted, width), width + 1) if width % count == 0)
+def _blocks_by_rows(x: Array, y: Array, sizes: Array) -> Array:
+    blocks = cut(sizes, x.shape[0])
+    matrix = (x.shape[1], y.shape[1])
+
+    def add(sums: Array, item: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        group, start, count = item
+
+        def multiply(length: int, y: Array) -> Array:
+            if length == 0:
+                return _zeros_like(matrix, y, jnp.float32)
+            at, rows = _rows(x, start, count, length)
+            others = lax.dynamic_slice_in_dim(y, at, length)
+            return lax.dot_general(rows, others, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+        product = _by_length(blocks, count, multiply, y)
+        return sums.at[group].add(product, mode="promise_in_bounds"), None
+
+    return lax.scan(add, _zeros_like((sizes.shape[0], *matrix), x, jnp.float32), blocks[1:])[0]
+
+
+def _by_length(blocks: Blocks, count: Array, multiply: Callable[[int, Array], Array], operand: Array) -> Array:
+    """multiply(length, operand) for the least compiled length that holds `count` rows."""
+    lengths = blocks.lengths
+    branches = [functools.partial(multiply, length) for length in lengths]
+    return lax.switch(-(-count // lengths.step), branches, operand)
+
+
+def _rows(x: Array, start: Array, count: Array, length: int) -> tuple[Array, Array]:
+    """`length` rows of x that hold the `count` rows from `start` on, zeros in place of others; and where they begin."""
+    at = jnp.minimum(start, x.shape[0] - length)
+    index = at + jnp.arange(length, dtype=jnp.int32)
+    theirs = (index >= start) & (index < start + count)
+    return at, jnp.where(theirs[:, None], lax.dynamic_slice_in_dim(x, at, length), 0)
 
 
 def _zeros_like(shape: tuple[int, ...], like: Array, dtype: Any = None) -> Array:

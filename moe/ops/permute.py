@@ -71,10 +71,16 @@ class Grouped(NamedTuple):
     sizes: Int[Array, "E"]
 
 
+def most_blocks(num_rows: int, num_groups: int, block: int) -> int:
+    """How many blocks of `block` rows hold `num_rows` rows in groups, none of two groups, at the worst split."""
+    nonempty = min(num_groups, num_rows)
+    return (num_rows - nonempty) // block + nonempty
+
+
 def group_rows(expert_N: Int[Array, "N"], valid_N: Bool[Array, "N"], num_experts: int, block: int) -> Grouped:
-    """Sorts the valid rows by expert, in their order, into P = (⌊N / block⌋ + E) block places."""
+    """Sorts the valid rows by expert, in their order, into P places, `block` times `most_blocks`."""
     num_rows = expert_N.shape[0]
-    num_places = (num_rows // block + num_experts) * block
+    num_places = most_blocks(num_rows, num_experts, block) * block
     count_E = jnp.sum(jax.nn.one_hot(expert_N, num_experts, dtype=jnp.int32) * valid_N[:, None], axis=0)
     sizes_E = -(-count_E // block) * block
     start_E = jnp.cumsum(sizes_E) - sizes_E
@@ -84,23 +90,50 @@ def group_rows(expert_N: Int[Array, "N"], valid_N: Bool[Array, "N"], num_experts
     return Grouped(source_P, place_N, sizes_E)
 
 
-def send_queues(shard_N: Int[Array, "N"], valid_N: Bool[Array, "N"], num_shards: int) -> Grouped:
-    """Deals the valid rows out to shards, each with N places, as an all-to-all of fixed size wants them."""
-    num_rows = shard_N.shape[0]
-    num_places = num_rows * num_shards
-    place_N = jnp.where(valid_N, shard_N * num_rows + places(shard_N, valid_N, num_shards), num_places)
+def send_queues(
+    shard_N: Int[Array, "N"], place_N: Int[Array, "N"], valid_N: Bool[Array, "N"], num_shards: int, num_places: int
+) -> Grouped:
+    """Puts the valid rows into their `places` of `num_places` at each shard, as an all-to-all wants them.
+
+    Rows with another place are left out. Unlike in `group_rows`, sizes are those of the rows, from each shard's first
+    place on; rows past them are padding.
+    """
+    num_rows, num_slots = shard_N.shape[0], num_shards * num_places
+    seated_N = valid_N & (place_N >= 0) & (place_N < num_places)
+    slot_N = jnp.where(seated_N, shard_N * num_places + place_N, num_slots)
     rows = jnp.arange(num_rows, dtype=jnp.int32)
-    source_P = jnp.full(num_places, num_rows, jnp.int32).at[place_N].set(rows, mode="drop")
-    return Grouped(source_P, place_N, jnp.full(num_shards, num_rows, jnp.int32))
+    source_P = jnp.full(num_slots, num_rows, jnp.int32).at[slot_N].set(rows, mode="drop")
+    sizes = jnp.sum(jax.nn.one_hot(shard_N, num_shards, dtype=jnp.int32) * seated_N[:, None], axis=0)
+    return Grouped(source_P, slot_N, sizes)
+
+
+def one_hot_slots(
+    assignments: Assignments, num_tokens: int, num_experts: int, num_places: int
+) -> tuple[Slots, Int[Array, ""]]:
+    """The queues of `fill_queues` as the tensors of GShard (2006.16668, section 3.2), and how many rows they hold.
+
+    dispatch: 1 where a token sits in a slot. combine: its weight there.
+    """
+    place_N = places(assignments.expert, assignments.valid, num_experts)
+    seated_N = assignments.valid & (place_N < num_places)
+    zeros_TEC = jnp.zeros((num_tokens, num_experts, num_places), jnp.float32)
+    slot_N = zeros_TEC.at[assignments.token, assignments.expert, jnp.where(seated_N, place_N, num_places)]
+    return Slots(slot_N.set(1.0, mode="drop"), slot_N.set(assignments.weight, mode="drop")), jnp.sum(
+        seated_N, dtype=jnp.int32
+    )
 
 
 def seat(
-    routing: Assignments | Slots, num_tokens: int, num_experts: int, num_places: int
+    routing: Assignments | Slots, num_tokens: int, num_experts: int, num_places: int, *, one_hot: bool = False
 ) -> tuple[Queues | Slots, Int[Array, ""]]:
-    """The slots of one group, and how many choices found a place; soft slots are seats already, and drop nothing."""
+    """The slots of one group, and how many choices found a place; soft slots are seats already, and drop nothing.
+
+    one_hot: as tensors [T, E, C], not as indices.
+    """
     if isinstance(routing, Slots):
         return routing, jnp.int32(num_tokens * num_experts)
-    return fill_queues(routing, num_tokens, num_experts, num_places)
+    fill = one_hot_slots if one_hot else fill_queues
+    return fill(routing, num_tokens, num_experts, num_places)
 
 
 def into_slots(x_TD: Float[Array, "T D"], seats: Queues | Slots) -> Float[Array, "S D"]:

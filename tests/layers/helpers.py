@@ -19,6 +19,8 @@ from tests.routers.helpers import COMPILER_OPTIONS
 EXAMPLES, LENGTH, WIDTH, HIDDEN, EXPERTS, GROUP = 4, 3, 6, 5, 4, 2
 GROUPS, TOKENS = EXAMPLES // GROUP, GROUP * LENGTH
 CONFIG = MoeConfig(num_experts=EXPERTS, expert_width=HIDDEN, group_size=GROUP, capacity_factor=0.8)
+# Weights of losses that any router may have.
+ALL_LOSSES = {"balance_weight", "importance_weight", "z_weight", "load_weight", "entropy_weight", "sequence_weight"}
 ONE_DEVICE = make_mesh(MeshConfig(), jax.devices()[:1])
 
 

@@ -1,6 +1,7 @@
 """What the MoE layer does with a router's answer: routers made for the test, groups, precision, few groups."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe.layers.mlp import WEIGHT_AXES
 from moe.layers.moe import Moe
 from moe.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from moe.routers import Softmax
@@ -19,6 +21,7 @@ from tests.layers.helpers import (
     EXPERTS,
     GROUP,
     GROUPS,
+    HIDDEN,
     LENGTH,
     ONE_DEVICE,
     TOKENS,
@@ -27,10 +30,12 @@ from tests.layers.helpers import (
     example_keys,
     make_layer,
     make_tokens,
+    readout,
     routed_groups,
     run,
     soft_slots_layer,
 )
+from tests.oracles import routing as oracle
 from tests.routers.helpers import COMPILER_OPTIONS
 
 SOFTMAX = Softmax(k=2, noise=2.0, importance_weight=0.3, load_weight=0.2)
@@ -192,12 +197,111 @@ def test_group_size_zero_is_the_whole_batch() -> None:
     assert run(layer, make_tokens(), example_keys()).output.metrics["overflow"] == pytest.approx(1 - 4 / 13)
 
 
-@pytest.mark.parametrize("field", ["num_experts", "expert_width"])
-def test_settings_out_of_range_are_refused(field: str) -> None:
-    with pytest.raises(ValueError, match=rf"moe\.{field} = 0 must be at least 1"):
-        dataclasses.replace(CONFIG, **{field: 0})
-    with pytest.raises(ValueError, match=r"moe\.capacity_factor = -1.0 must not be negative"):
-        dataclasses.replace(CONFIG, capacity_factor=-1.0)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": 0}, r"moe\.num_experts = 0 must be at least 1"),
+        ({"expert_width": 0}, r"moe\.expert_width = 0 must be at least 1"),
+        ({"capacity_factor": -1.0}, r"moe\.capacity_factor = -1\.0 must be finite and not negative"),
+        ({"capacity_factor": float("inf")}, r"moe\.capacity_factor = inf must be finite"),
+        ({"shared_experts": -1}, r"moe\.shared_experts = -1 must be finite and not negative"),
+        ({"dispatch": "einsum", "capacity_factor": 0.0}, r"'einsum' needs a moe\.capacity_factor above 0.*'dropless'"),
+        ({"dispatch": "capacity", "capacity_factor": 0.0}, r"'capacity' needs a moe\.capacity_factor above 0"),
+        ({"dispatch": "dropless", "evaluation_capacity_factor": 2.0}, r"no queues .* = 2\.0 .* or choose 'capacity'"),
+        ({"receive_factor": 0.0}, r"moe\.receive_factor = 0\.0 must be positive"),
+        ({"shared_gate": True}, r"moe\.shared_gate = True needs moe\.shared_experts of at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dispatch by config, shared experts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "training", "kept"),
+    [
+        ({"dispatch": "einsum"}, True, 4),
+        ({"dispatch": "capacity"}, True, 4),
+        ({"dispatch": "auto"}, True, 4),
+        ({"dispatch": "auto", "capacity_factor": 0.0}, True, 6),
+        ({"dispatch": "dropless"}, True, 6),
+        ({"dispatch": "capacity"}, False, 6),
+        ({"dispatch": "einsum", "evaluation_capacity_factor": 0.8}, False, 4),
+        ({"dispatch": "auto", "evaluation_capacity_factor": 0.8}, False, 4),
+    ],
+)
+def test_the_config_says_when_queues_end(changes: dict[str, Any], training: bool, kept: int) -> None:
+    """Six tokens and seven choices per group, all to one expert, as above."""
+    layer = make_layer(Fixed(), dataclasses.replace(CONFIG, **changes))
+    overflow = run(layer, make_tokens(), example_keys() if training else None).output.metrics["overflow"]
+    np.testing.assert_allclose(overflow, 1 - kept / 7, rtol=1e-6)
+
+
+def test_auto_drops_nothing_where_sorting_rows_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def fast(mesh: object, num_rows: int, num_experts: int) -> bool:
+        seen.append((num_rows, num_experts))
+        return True
+
+    monkeypatch.setattr("moe.layers.moe.sorts_fast", fast)
+    for dispatch, expected in (("auto", 1 / 7), ("capacity", 3 / 7)):
+        # Settings of its own, or a program compiled for another test would do.
+        layer = make_layer(Fixed(), dataclasses.replace(CONFIG, dispatch=dispatch, receive_factor=3.0))
+        overflow = run(layer, make_tokens(), example_keys()).output.metrics["overflow"]
+        np.testing.assert_allclose(overflow, expected, rtol=1e-6)
+    assert set(seen) == {(GROUPS * TOKENS, EXPERTS)}
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_shared_experts_are_a_dense_network_beside_the_routed_ones(activation: str, gated: bool) -> None:
+    """y - y without them = sigmoid(x · g) mlp(x), of three times an expert's width; the router sees no difference."""
+    x = make_tokens()
+    config = dataclasses.replace(CONFIG, shared_experts=3, shared_gate=gated)
+    layer, without = make_layer(SOFTMAX, config, activation=activation), make_layer(SOFTMAX, activation=activation)
+    got, routed = run(layer, x, example_keys()), run(without, x, example_keys())
+    jax.tree.map(np.testing.assert_array_equal, got.output.metrics, routed.output.metrics)
+    shared = {name: np.asarray(w[...], np.float64)[None] for name, w in layer.shared.items()}
+    assert shared["w_in"].shape == (1, WIDTH, 3 * HIDDEN)
+    network = oracle.Experts(shared["w_in"], shared["w_out"], w_gate_EDF=shared.get("w_gate"))
+    nonlinearity = oracle.silu if activation == "swiglu" else oracle.gelu_tanh
+    total = 0.0
+    for index in np.ndindex(x.shape[:2]):
+        x_D = x[index].astype(np.float64)
+        gate = oracle.sigmoid(x_D @ shared["gate"][0])[0] if gated else 1.0
+        y_D = oracle.expert(network, 0, x_D, nonlinearity)
+        np.testing.assert_allclose(got.output.y[index] - routed.output.y[index], gate * y_D, rtol=1e-4, atol=1e-5)
+        total += gate * (1 - gate) * x_D[0] * (y_D @ readout(x)[index])
+    if gated:
+        np.testing.assert_allclose(got.gradient["shared"]["gate"][0, 0], total, rtol=1e-4)
+
+
+def test_shared_experts_lie_on_the_mesh_like_a_dense_network() -> None:
+    layer = make_layer(SOFTMAX, dataclasses.replace(CONFIG, shared_experts=1, shared_gate=True))
+    lie = {name: weight.get_metadata("axes") for name, weight in layer.shared.items()}
+    assert lie == {**WEIGHT_AXES, "gate": ("embed", None)}
+
+
+@pytest.mark.parametrize("dispatch", ["einsum", "capacity", "dropless"])
+def test_a_token_sees_its_neighbours_only_where_queues_end(dispatch: str) -> None:
+    """In training, another example of the group changes an example's output by taking its place, or not at all."""
+    config = dataclasses.replace(CONFIG, dispatch=dispatch)
+    layer, x, keys = (
+        make_layer(dataclasses.replace(SOFTMAX, noise=0.0, load_weight=0.0), config),
+        make_tokens(),
+        example_keys(),
+    )
+    other = make_tokens(9)
+    other[1::2] = x[1::2]
+    difference = np.abs(run(layer, other, keys).output.y[1::2] - run(layer, x, keys).output.y[1::2]).max()
+    assert (difference > 1e-3) == (dispatch != "dropless")
+    assert dispatch != "dropless" or difference < 1e-6
 
 
 def test_bf16_tokens_are_routed_in_float32() -> None:

@@ -3,13 +3,14 @@
 import functools
 import itertools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.ops.grouped_matmul import block_experts, grouped_matmul
+from moe.ops.grouped_matmul import cut, grouped_matmul
 from tests.flops import compiled_flops
 
 X, Y, BLOCK = 6, 10, 4
@@ -51,12 +52,24 @@ def test_values_and_gradients_are_those_of_the_loop(implementation: str, sizes: 
         np.testing.assert_allclose(dw[expert], expected, atol=1e-5)
 
 
-def test_a_matrix_too_large_for_the_cache_is_cut_into_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, w, sizes_E = make((8, 0, 4, 12))
-    gradient = jax.grad(lambda w: jnp.sum(jnp.sin(grouped_matmul(x, w, sizes_E, block=BLOCK, implementation="blocks"))))
-    whole = gradient(w)
-    monkeypatch.setattr("moe.ops.grouped_matmul._PIECE_BYTES", 4 * X * 3)  # 10 columns in pieces of 2
-    np.testing.assert_allclose(gradient(w), whole, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("sizes", [(37, 0, 3, 24), (1, 62, 0, 1), (0, 0, 0, 64), (16, 16, 16, 16), (5, 1, 2, 0)])
+def test_blocks_of_every_length(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups that end anywhere: shorter and longer than a block, and at the last row."""
+    monkeypatch.setattr("moe.ops.grouped_matmul._LEAST_ROWS", 2)
+    x, w, sizes_E = make(sizes, rows=64)
+    readout = jnp.asarray(np.random.default_rng(1).normal(size=(64, Y)), jnp.float32)
+
+    @jax.jit
+    def run(x, w):
+        y = grouped_matmul(x, w, sizes_E, implementation="blocks")
+        return jnp.vdot(y, readout), y
+
+    (_, y), (dx, dw) = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(x, w)
+    np.testing.assert_allclose(y, by_loop(x, w, sizes), atol=1e-5)
+    np.testing.assert_allclose(dx, by_loop(readout, np.swapaxes(w, 1, 2), sizes), atol=1e-5)
+    first = np.cumsum([0, *sizes])
+    for expert, (start, stop) in enumerate(itertools.pairwise(first)):
+        np.testing.assert_allclose(dw[expert], np.asarray(x)[start:stop].T @ readout[start:stop], atol=1e-5)
 
 
 def test_bfloat16_is_summed_in_float32() -> None:
@@ -67,9 +80,13 @@ def test_bfloat16_is_summed_in_float32() -> None:
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-6)
 
 
-def test_blocks_know_their_experts() -> None:
-    sizes_E = jnp.array([8, 0, 4, 12])
-    np.testing.assert_array_equal(block_experts(sizes_E, 4, 7), [0, 0, 2, 3, 3, 3, 4])
+def test_groups_are_cut_into_blocks() -> None:
+    """Blocks of 8 rows, the average group's: three, none, one and two of them, and one in reserve."""
+    blocks = cut(jnp.array([20, 0, 3, 9]), 32)
+    assert blocks.size == 8
+    np.testing.assert_array_equal(blocks.rows, [8, 8, 4, 3, 8, 1, 0])
+    np.testing.assert_array_equal(blocks.group[:6], [0, 0, 0, 2, 3, 3])
+    np.testing.assert_array_equal(blocks.start[:6], [0, 8, 16, 20, 23, 31])
 
 
 def test_mistakes_are_named() -> None:
@@ -87,20 +104,41 @@ def test_mistakes_are_named() -> None:
 # Cost -----------------------------------------------------------------------------------------------------------------
 
 
-def flops_of(implementation: str | None, rows: int, block: int, num_experts: int = 8, width: int = 64) -> float:
-    """Of value and gradients, as compiled, over 3 products of the rows with one matrix each."""
+def flops_of(implementation: str | None, rows: int, choose: Any = max, num_experts: int = 8, width: int = 64) -> float:
+    """Of value and gradients, as compiled, over 3 products of the rows with one matrix each.
+
+    choose: what a conditional counts as, given the counts of its branches.
+    """
     x = jax.ShapeDtypeStruct((rows, width), jnp.float32)
     w = jax.ShapeDtypeStruct((num_experts, width, 2 * width), jnp.float32)
     sizes_E = jax.ShapeDtypeStruct((num_experts,), jnp.int32)
-    product = functools.partial(grouped_matmul, block=block, implementation=implementation)
+    product = functools.partial(grouped_matmul, implementation=implementation)
     step = jax.value_and_grad(lambda x, w, sizes_E: jnp.sum(jnp.sin(product(x, w, sizes_E))), argnums=(0, 1))
     compiled = jax.jit(step).lower(x, w, sizes_E).compile()
-    return compiled_flops(compiled.as_text()) / (3 * 2 * rows * width * 2 * width)
+    return compiled_flops(compiled.as_text(), choose) / (3 * 2 * rows * width * 2 * width)
 
 
-def test_compiled_flops_are_those_of_the_rows() -> None:
-    assert flops_of(None, rows=1024, block=32) <= 1.02
+def test_compiled_flops_are_those_of_the_rows_and_a_block_per_expert() -> None:
+    """Even if every product were of a whole block."""
+    rows, num_experts = 1024, 8
+    block = cut(jnp.zeros(num_experts, jnp.int32), rows).size
+    assert flops_of(None, rows) <= 1.15 + block * num_experts / rows
+
+
+@pytest.mark.parametrize("share", [1 / 8, 0.6, 1.0])
+def test_flops_at_run_time_are_within_a_seventh_of_the_rows(share: float) -> None:
+    """A product is compiled for each length of a block, at the cost of that length; a group runs those it needs."""
+    rows, num_experts = 1024, 8
+    others = int(rows * (1 - share)) // (num_experts - 1)
+    sizes = np.array([rows - others * (num_experts - 1)] + [others] * (num_experts - 1))
+    blocks = cut(jnp.asarray(sizes), rows)
+    lengths = list(blocks.lengths)
+    for index in (0, 1, len(lengths) - 1):
+        counted = flops_of("blocks", rows, choose=lambda costs, index=index: costs[index])
+        assert counted == pytest.approx(len(blocks.rows) * lengths[index] / rows)
+    run = -(-np.asarray(blocks.rows) // blocks.lengths.step) * blocks.lengths.step
+    assert run.sum() <= 1.15 * rows
 
 
 def test_the_count_sees_a_fall_back_to_dense() -> None:
-    assert flops_of("ragged_dot", rows=1024, block=32) >= 6
+    assert flops_of("ragged_dot", rows=1024) >= 6

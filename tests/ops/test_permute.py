@@ -123,14 +123,21 @@ def test_rows_are_grouped_in_whole_blocks() -> None:
     expert_N, valid_N = jnp.array([2, 0, 2, 1, 0, 2]), jnp.array([True, True, False, True, True, True])
     grouped = group_rows(expert_N, valid_N, 4, 2)
     np.testing.assert_array_equal(grouped.sizes, [2, 2, 2, 0])
-    np.testing.assert_array_equal(grouped.source, [1, 4, 3, 6, 0, 5] + [6] * 8)
-    np.testing.assert_array_equal(grouped.place, [4, 0, 14, 2, 1, 5])
+    np.testing.assert_array_equal(grouped.source, [1, 4, 3, 6, 0, 5] + [6] * 4)
+    np.testing.assert_array_equal(grouped.place, [4, 0, 10, 2, 1, 5])
 
 
-def test_every_shard_has_room_for_all_rows() -> None:
-    queues = send_queues(jnp.array([1, 0, 1]), jnp.array([True, True, True]), 2)
-    np.testing.assert_array_equal(queues.source, [1, 3, 3, 0, 2, 3])
-    np.testing.assert_array_equal(queues.place, [3, 0, 4])
+def test_rows_wait_where_a_shard_has_no_place_for_them_yet() -> None:
+    """Two places at each of two shards; the third row for shard 1 has place 2, which is place 0 of the next round."""
+    shard_N, valid_N = jnp.array([1, 0, 1, 1, 0], jnp.int32), jnp.array([True, True, True, True, False])
+    place_N = places(shard_N, valid_N, 2)
+    now, later = (send_queues(shard_N, place_N - first, valid_N, 2, 2) for first in (0, 2))
+    np.testing.assert_array_equal(now.source, [1, 5, 0, 2])
+    np.testing.assert_array_equal(now.place, [2, 0, 3, 4, 4])
+    np.testing.assert_array_equal(now.sizes, [1, 2])
+    np.testing.assert_array_equal(later.source, [5, 5, 3, 5])
+    np.testing.assert_array_equal(later.place, [4, 4, 4, 2, 4])
+    np.testing.assert_array_equal(later.sizes, [0, 1])
 
 
 def test_places_by_hand() -> None:
