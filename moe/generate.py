@@ -10,7 +10,7 @@ import functools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ class Sampling:
             raise ValueError(f"top_p = {self.top_p} must lie above 0 and not above 1.")
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Text to token ids and back."""
 

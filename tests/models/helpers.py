@@ -38,7 +38,7 @@ ODD = dataclasses.replace(
     scan_layers=True,
 )
 OLMOE = dataclasses.replace(PLAIN, qk_norm="all", kv_heads=2, attention_bias="qkv", moe_every=0)
-MOE = MoeConfig(num_experts=4, expert_width=10, group_size=2, capacity_factor=0.0)
+MOE = MoeConfig(num_experts=4, expert_width=10, group_size=2, capacity_factor=0.0, shared_experts=1, shared_gate=True)
 ROUTER = Softmax(k=2, noise=0.0, importance_weight=0.0, load_weight=0.0)
 ONE_DEVICE = make_mesh(MeshConfig(), jax.devices()[:1])
 
@@ -48,10 +48,10 @@ def make_variables(config: LmConfig, seed: int = 0) -> Variables:
     variables = make_model(config, MOE, ROUTER).init(jax.random.key(seed))
     rng = np.random.default_rng(seed)
 
-    def one(path: tuple, leaf: jax.Array) -> np.ndarray:
+    def one(path: tuple, leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path[-1:], simple=True)
         drawn = name == "scale" or name.startswith("bias")
-        return np.asarray(leaf) + (0.3 * rng.normal(size=leaf.shape).astype(np.float32) if drawn else 0)
+        return leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32) if drawn else leaf
 
     return Variables(jax.tree_util.tree_map_with_path(one, variables.params), variables.router_state)
 

@@ -11,6 +11,7 @@ import pytest
 
 from moe.models import LmConfig, make_model
 from moe.ops.rope import Yarn
+from moe.routers import ROUTERS
 from tests.models.helpers import (
     BATCH,
     LENGTH,
@@ -111,13 +112,10 @@ def test_loss_and_gradient_of_packed_documents_are_the_oracle_s(name: str) -> No
 
 def test_padding_is_never_routed_and_the_router_sees_token_ids() -> None:
     """Rows of padding only, and others: the metrics count tokens of documents. A hash router follows the ids."""
-    from moe.routers import ROUTERS
-
-    model = make_model(PLAIN, MOE, ROUTER)
-    batch = make_batch()
+    model, variables, batch = make_model(PLAIN, MOE, ROUTER), make_variables(PLAIN), make_batch()
     batch["segment"][2:] = 0
     output = jax.jit(
-        lambda batch: model.loss(make_variables(PLAIN), batch, keys=None, mesh=ONE_DEVICE),
+        lambda batch: model.loss(variables, batch, keys=None, mesh=ONE_DEVICE),
         compiler_options=COMPILER_OPTIONS,
     )(batch)
     np.testing.assert_allclose(output.routers.metrics["experts_per_token"], [2, 2])

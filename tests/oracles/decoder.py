@@ -104,12 +104,14 @@ def swiglu(x: np.ndarray, weights: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def experts(x_LD: np.ndarray, weights: dict[str, Any], k: int) -> np.ndarray:
-    """Each token's k experts of highest softmax, weighted by it."""
+    """Each token's k experts of highest softmax, weighted by it, and the shared ones behind their gate."""
     probs = routing.softmax(x_LD @ weights["w_gate"])
     y = np.zeros_like(x_LD)
     for t, x in enumerate(x_LD):
         for e in np.argsort(-probs[t], kind="stable")[:k]:
             y[t] += probs[t, e] * swiglu(x, {name: w[e] for name, w in weights["experts"].items()})
+    if shared := weights.get("shared"):
+        y += routing.sigmoid(x_LD @ shared["gate"]) * swiglu(x_LD, shared)
     return y
 
 
