@@ -233,4 +233,6 @@ def _row_tile(rows: int, block: int) -> int:
     layout leave such tiles: at most one more for each group.
     """
     aligned = math.gcd(block, _TILE_ROWS)
-    return aligned if aligned >= _LEAST_TILE_ROWS else math.gcd(rows, 128)
+    if aligned >= _LEAST_TILE_ROWS:
+        return aligned
+    return math.gcd(rows, 128) if rows % 8 == 0 else rows
