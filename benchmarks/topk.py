@@ -11,13 +11,17 @@ pruning   n = 10^6, k = 10^5: time, and how far the sum is from k; beside entmax
 
 import functools
 import os
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+sys.path.append(str(Path(__file__).parents[1]))  # for a call by path, which finds no packages beside this folder
 
 from benchmarks import common
 from benchmarks.common import Row
