@@ -39,11 +39,15 @@ CASES = {"uniform": False, "skewed": True}
 
 
 class Layer(NamedTuple):
-    """A way to dispatch. factor: of the capacity, None for no limit. groups: into which the tokens are cut."""
+    """A way to dispatch.
+
+    factor: of the capacity, None for no limit. groups: into which the tokens are cut. settings: what else `dispatch` is
+    given, names and values.
+    """
 
     factor: float | None
     groups: int = 1
-    settings: dict[str, Any] = {}
+    settings: tuple[tuple[str, Any], ...] = ()
 
 
 LAYERS = {"capacity_1.05": Layer(1.05), "capacity_1.25": Layer(1.25), "dropless": Layer(None)}
@@ -99,7 +103,7 @@ def moe_layer(layer: Layer, x: jax.Array, w: dict[str, jax.Array], routing: Assi
         num_experts=EXPERTS,
         capacity=None if layer.factor is None else capacity(layer.factor, x_GTD.shape[1], K, EXPERTS),
         mesh=make_mesh(MeshConfig(data=1), jax.devices()[:1]),
-        **layer.settings,
+        **dict(layer.settings),
     )
     return y_GTD.reshape(x.shape)
 
