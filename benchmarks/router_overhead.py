@@ -9,8 +9,8 @@ case router   Forward and backward in training (with keys, losses and metrics) o
               one thread has a larger ratio by the clock than by --cpu-time.
 case metrics  `layer`: the metrics that every router has, computed alone at that shape; ratio to the layer with
               softmax. `digits`: the step of configs/digits.py less that of the same step where nobody reads the
-              metrics of its layers, so that XLA leaves them out; ratio to the step. Medians of many steps, as the
-              difference is small.
+              metrics of its layers, so that XLA leaves them out; ratio to the step. The median over pairs of steps,
+              one of each, as the difference is small.
 """
 
 import functools
@@ -143,13 +143,29 @@ def of_metrics(clock: Clock) -> list[Row]:
     times = common.interleaved({"alone": alone, "layer": programs(softmax, 1)["layer"]}, seconds=6, clock=clock)
     rows = [("layer", times["alone"], times["alone"] / times["layer"])]
 
-    step, silent = digits_steps()
-    times = common.interleaved({"step": step, "silent": silent}, repeats=400, seconds=30, clock=clock)
-    rows.append(("digits", times["step"] - times["silent"], 1 - times["silent"] / times["step"]))
+    whole, more = pairs(*digits_steps(), clock=clock)
+    rows.append(("digits", more, more / whole))
     return [
         Row(name=f"router metrics, share of {where}", case="metrics", value=value, unit="ms", ratio=ratio)
         for where, value, ratio in rows
     ]
+
+
+def pairs(first: Any, second: Any, *, clock: Clock, repeats: int = 600, seconds: float = 30.0) -> tuple[float, float]:
+    """Median milliseconds of the first call, and by how much it takes longer than the second, by pairs in either order.
+
+    Neighbours in time share what else the machine does.
+    """
+    for call in (first, second):
+        jax.block_until_ready(call())
+    times: dict[Any, list[float]] = {first: [], second: []}
+    begin = time.perf_counter()
+    while len(times[first]) < repeats and time.perf_counter() - begin < seconds:
+        for call in (first, second) if len(times[first]) % 2 else (second, first):
+            start = clock()
+            jax.block_until_ready(call())
+            times[call].append(1e3 * (clock() - start))
+    return float(np.median(times[first])), float(np.median(np.subtract(times[first], times[second])))
 
 
 def digits_steps() -> tuple[Any, Any]:
