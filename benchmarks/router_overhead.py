@@ -7,10 +7,10 @@ case router   Forward and backward in training (with keys, losses and metrics) o
               which asks most of routers that look at a whole group. A row is the time of gate and router, its ratio
               that to the time of the whole layer with this router in the same interleaved run. A router that runs on
               one thread has a larger ratio by the clock than by --cpu-time.
-case metrics  `layer`: the metrics that every router has, computed alone at that shape; ratio to the layer with
-              softmax. `digits`: the step of configs/digits.py less that of the same step where nobody reads the
-              metrics of its layers, so that XLA leaves them out; ratio to the step. The median over pairs of steps,
-              one of each, as the difference is small.
+case layer    The metrics that every router has, computed alone at that shape; ratio to the layer with softmax.
+case digits   The step of configs/digits.py less that of the same step where nobody reads the metrics of its layers, so
+              that XLA leaves them out; ratio to the step. The median over pairs of steps, one of each, as the
+              difference is small.
 """
 
 import functools
@@ -141,13 +141,13 @@ def of_metrics(clock: Clock) -> list[Row]:
     metrics = jax.jit(functools.partial(routing_metrics, num_experts=EXPERTS))
     alone = functools.partial(metrics, routed.routing, logits_GTX, mask_GT, routed.routing.choices)
     times = common.interleaved({"alone": alone, "layer": programs(softmax, 1)["layer"]}, seconds=6, clock=clock)
-    rows = [("layer", times["alone"], times["alone"] / times["layer"])]
+    rows = [("layer", "layer", times["alone"], times["alone"] / times["layer"])]
 
     whole, more = pairs(*digits_steps(), clock=clock)
-    rows.append(("digits", more, more / whole))
+    rows.append(("step", "digits", more, more / whole))
     return [
-        Row(name=f"router metrics, share of {where}", case="metrics", value=value, unit="ms", ratio=ratio)
-        for where, value, ratio in rows
+        Row(name=f"router metrics, share of {what}", case=case, value=value, unit="ms", ratio=ratio)
+        for what, case, value, ratio in rows
     ]
 
 
