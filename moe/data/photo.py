@@ -38,7 +38,7 @@ class PhotoConfig:
     min_area: float = 0.0
     max_ratio: float = 4 / 3
     flip: bool = False
-    randaugment: RandAugment = dataclasses.field(default_factory=RandAugment)
+    randaugment: RandAugment = RandAugment()
     resize: int = 0
     value_range: tuple[float, ...] = (0.0, 1.0)
 
@@ -84,6 +84,7 @@ class PhotoSplit:
                 f"least {size}, or 0"
             )
         check_features(builder)
+        self._examples: Any = open_split(builder, split, {"image": tfds.decode.SkipDecoding()})
         self._name = f"{builder.info.full_name}[{split}]"
         self._files = [
             (instruction.filename, instruction.skip, instruction.take)
@@ -92,7 +93,6 @@ class PhotoSplit:
         self._size = size
         self._config = config
         self._mode = "L" if builder.info.features["image"].shape[-1] == 1 else "RGB"
-        self._examples: Any = open_split(builder, split, {"image": tfds.decode.SkipDecoding()})
         if in_memory:
             self._examples = _Held(self._examples.__getitems__(list(range(len(self._examples)))))
 

@@ -55,7 +55,7 @@ class DataConfig:
     workers: int = 0
     prefetch: int = 2
     augment: Augment = dataclasses.field(default_factory=Augment)
-    photo: PhotoConfig = dataclasses.field(default_factory=PhotoConfig)
+    photo: PhotoConfig = PhotoConfig()
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number out of range."""
