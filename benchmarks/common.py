@@ -71,7 +71,7 @@ def table(rows: Sequence[Row]) -> str:
 def circumstances() -> dict[str, str]:
     """The machine, the versions, and the command."""
     packages = {}
-    for package in ("jax", "jaxlib", "numpy", "torch", "entmax"):
+    for package in ("jax", "jaxlib", "numpy", "torch", "entmax", "pillow", "simplejpeg"):
         try:
             packages[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
