@@ -10,14 +10,14 @@ here. Model and learning rate are the paper's, all else as in configs/vmoe_s32_i
 are named there. A model of this size overfits ImageNet: more augmentation is --config.data.photo.randaugment.magnitude.
 
 285.3 M parameters. A training image costs about 140 GFLOP: 560 images/s for a v5e chip at 40 % of its peak, 2 600 for
-a v6e chip, which 3 and 13 cores feed.
+a v6e chip, which 2 and 8 cores feed at 350 a core (benchmarks/image_pipeline.py).
 """
 
 import math
 
 import ml_collections
 
-# The batch, and with it the result, is the same on each; -1 in `data` stands for what is left of a larger slice.
+# The batch is the same on each, and so is the result; data = -1 takes in all of a larger slice.
 MESHES = {
     "v5e-32": {"data": 4, "fsdp": 1, "expert": 8, "tensor": 1},  # 32 chips
     "v5e-64": {"data": 8, "fsdp": 1, "expert": 8, "tensor": 1},  # 64 chips

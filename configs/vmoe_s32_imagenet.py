@@ -11,15 +11,16 @@ matrices (.3 % of the parameters), no mixup (0.2 there), no dropout in the exper
 its own, the learning rate falls along a cosine, not a line, and nothing is dropped in evaluation.
 
 56.9 M parameters. A training image costs about 9 GFLOP, so a v5e chip at 40 % of its peak would take 8 400 images/s and
-a v6e chip 39 000, where a core decodes and augments about 200 (benchmarks/image_pipeline.py): a model as small as this
-waits for the 28 (v5e) or 45 (v6e) virtual cores that a chip comes with.
+a v6e chip 39 000, where a core decodes and augments about 350 (benchmarks/image_pipeline.py): 24 and 111 cores, where a
+chip comes with 28 (v5e) or 45 (v6e) virtual ones, two of which share a core. A model as small as this waits for its
+photographs.
 """
 
 import math
 
 import ml_collections
 
-# The batch, and with it the result, is the same on each; -1 in `data` stands for what is left of a larger slice.
+# The batch is the same on each, and so is the result; data = -1 takes in all of a larger slice.
 MESHES = {
     "v5e-8": {"data": 1, "fsdp": 1, "expert": 8, "tensor": 1},  # 8 chips
     "v5e-16": {"data": 2, "fsdp": 1, "expert": 8, "tensor": 1},  # 16 chips
