@@ -53,7 +53,8 @@ def evaluate_checkpoint(config: Config, workdir: Path, wanted: int | None) -> di
     with cli.usage_errors():
         mesh = make_mesh(config.mesh)
         check_data(config)
-        batches = make_eval_batches(config.data, "test", config.batch_size, jax.process_index(), jax.process_count())
+        hosts = (jax.process_index(), jax.process_count())
+        batches = make_eval_batches(config.data, config.data.test_split, config.batch_size, *hosts)
         step = make_step(config, mesh)
     state, _ = checkpoints.restore(chosen, step.abstract_state)
     measures = evaluate(step.predict, state.variables, batches)

@@ -82,7 +82,10 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         output = model.apply(Variables(params, router_state), batch["image"], keys=keys, mesh=mesh)
         targets = jax.nn.one_hot(batch["label"], config.model.num_classes)
         targets = optax.smooth_labels(targets, config.label_smoothing)
-        cross_entropy = jnp.mean(optax.softmax_cross_entropy(output.logits, targets))
+        if config.loss == "sigmoid":
+            cross_entropy = jnp.mean(jnp.sum(optax.sigmoid_binary_cross_entropy(output.logits, targets), axis=-1))
+        else:
+            cross_entropy = jnp.mean(optax.softmax_cross_entropy(output.logits, targets))
         router_losses = {name: jnp.sum(values) for name, values in output.routers.losses.items()}
         loss = cross_entropy + sum(router_losses.values())
         accuracy = jnp.mean(jnp.argmax(output.logits, axis=-1) == batch["label"], dtype=jnp.float32)
@@ -192,7 +195,7 @@ def train(config: Config, table: ml_collections.ConfigDict, workdir: Path) -> di
         check_data(config)
         hosts = (jax.process_index(), jax.process_count())
         examples = make_train_iterator(config.data, config.batch_size, config.seed, *hosts)
-        test_batches = make_eval_batches(config.data, "test", config.batch_size, *hosts)
+        test_batches = make_eval_batches(config.data, config.data.test_split, config.batch_size, *hosts)
         step = make_step(config, mesh)
         lowered = step.train.lower(step.abstract_state, step.abstract_batch)
         for difference in open_workdir(workdir, table):
@@ -251,7 +254,7 @@ def log_values(metrics: dict[str, Any], config: Config) -> dict[str, float]:
     return {
         **flatten(metrics["train"], "train"),
         **flatten(metrics["router"], "router"),
-        **flatten(per_layer(metrics["moe"], first=every - 1, every=every), "moe"),
+        **flatten(per_layer(metrics["moe"], first=config.model.dense_layers + every - 1, every=every), "moe"),
     }
 
 

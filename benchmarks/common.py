@@ -78,7 +78,7 @@ def table(rows: Sequence[Row]) -> str:
 def circumstances() -> dict[str, str]:
     """The machine, the versions, and the command."""
     packages = {}
-    for package in ("jax", "jaxlib", "libtpu", "numpy", "torch", "transformers", "entmax"):
+    for package in ("jax", "jaxlib", "libtpu", "numpy", "torch", "transformers", "entmax", "pillow"):
         try:
             packages[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

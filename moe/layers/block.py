@@ -1,7 +1,7 @@
 """Pre-norm transformer blocks, and the period of blocks that a model stacks and scans."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ class BlocksConfig:
 
     width: D. depth: number of blocks. heads: attention heads. mlp_width: F of the dense blocks.
     moe_every: every n-th block has experts instead of an MLP (the last of each period of n); 0: none has.
+    dense_layers: so many blocks at the beginning have no experts, and the periods start after them.
     scan_layers: compile one period and loop over it; otherwise unroll. The parameters are the same, stacked.
     remat: what the backward pass computes again: "none"; "full", everything in a period; "dots", all but products with
         weights.
@@ -35,6 +36,7 @@ class BlocksConfig:
     heads: int = 4
     mlp_width: int = 128
     moe_every: int = 2
+    dense_layers: int = 0
     activation: Activation = "gelu"
     scan_layers: bool = True
     remat: Literal["none", "full", "dots"] = "none"
@@ -44,10 +46,20 @@ class BlocksConfig:
         for name in ("width", "depth", "heads", "mlp_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} = {getattr(self, name)} must be at least 1.")
-        if self.moe_every < 0 or (self.moe_every and self.depth % self.moe_every):
+        if not 0 <= self.dense_layers < self.depth:
             raise ValueError(
-                f"model.moe_every = {self.moe_every} must divide model.depth = {self.depth}, or be 0 for no experts."
+                f"model.dense_layers = {self.dense_layers} must lie between 0 and model.depth - 1 = {self.depth - 1}."
             )
+        if self.moe_every < 0 or (self.moe_every and (self.depth - self.dense_layers) % self.moe_every):
+            raise ValueError(
+                f"model.moe_every = {self.moe_every} must divide model.depth - model.dense_layers = {self.depth} - "
+                f"{self.dense_layers}, or be 0 for no experts."
+            )
+
+    @property
+    def num_periods(self) -> int:
+        """How often the period of blocks repeats, after the dense blocks at the beginning."""
+        return (self.depth - self.dense_layers) // (self.moe_every or 1)
 
 
 class RouterOutputs(NamedTuple):
@@ -119,12 +131,20 @@ class Period(nnx.Module):
 
 
 class Blocks(nnx.Module):
-    """All blocks of a model: periods stacked along a first axis of every parameter, run by one scan."""
+    """All blocks of a model: periods stacked along a first axis of every parameter, run by one scan.
+
+    Dense blocks at the beginning are a stack of their own, `leading`, which is there only if there are any.
+    """
 
     def __init__(self, config: BlocksConfig, moe: MoeConfig, router: Router, *, key: jax.Array) -> None:
         self.config = config
-        count = config.depth // (config.moe_every or 1)
-        self.periods = stack(lambda one: Period(config, moe, router, key=one), jax.random.split(key, count))
+        if config.dense_layers:
+            dense = dataclasses.replace(config, depth=config.dense_layers, dense_layers=0, moe_every=0)
+            keys = jax.random.split(jax.random.fold_in(key, 1), config.dense_layers)
+            self.leading = stack(lambda one: Period(dense, moe, router, key=one), keys)
+        self.periods = stack(
+            lambda one: Period(config, moe, router, key=one), jax.random.split(key, config.num_periods)
+        )
 
     def __call__(
         self,
@@ -134,8 +154,21 @@ class Blocks(nnx.Module):
         mask: Bool[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B L D"], RouterOutputs]:
         """Runs the blocks in order; see `Moe` for keys and mask."""
-        graph, state = nnx.split(self.periods)
-        count = self.config.depth // (self.config.moe_every or 1)
+        if self.config.dense_layers:
+            x, _ = self._run(self.leading, self.config.dense_layers, x, None, mesh, mask)
+        return self._run(self.periods, self.config.num_periods, x, keys, mesh, mask)
+
+    def _run(
+        self,
+        periods: Any,
+        count: int,
+        x: Float[Array, "B L D"],
+        keys: Key[Array, "B"] | None,
+        mesh: Mesh,
+        mask: Bool[Array, "B"] | None,
+    ) -> tuple[Float[Array, "B L D"], RouterOutputs]:
+        """Runs a stack of `count` periods."""
+        graph, state = nnx.split(periods)
 
         def step(x: Array, scanned: tuple[PyTree, Array]) -> tuple[Array, RouterOutputs]:
             period_state, index = scanned

@@ -1,7 +1,7 @@
 """Vision transformer with mixture-of-experts blocks (V-MoE, Riquelme et al. 2021, arXiv 2106.05974)."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,18 @@ class ViTConfig(BlocksConfig):
 
     image_size: [height, width, channels] of an image. patch_size: pixels along the side of a square patch.
     num_classes: width of the head.
+    pooling: what the head sees: the "mean" over the tokens, or a "class_token" that stands before the patches and is
+        routed as they are.
+    representation_width: width of a layer with tanh before the head; 0: there is none.
+    head_bias: the head's biases at first; -log(num_classes) starts a sigmoid loss at a rate of one class in all.
     """
 
     image_size: tuple[int, ...] = (8, 8, 1)
     patch_size: int = 2
     num_classes: int = 10
+    pooling: Literal["mean", "class_token"] = "mean"
+    representation_width: int = 0
+    head_bias: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,10 +44,14 @@ class ViTConfig(BlocksConfig):
                 f"model.patch_size = {self.patch_size} must divide the sides of model.image_size = {self.image_size}."
             )
 
+        if self.representation_width < 0:
+            raise ValueError(f"model.representation_width = {self.representation_width} must not be negative.")
+
     @property
     def length(self) -> int:
         """Tokens per image."""
-        return (self.image_size[0] // self.patch_size) * (self.image_size[1] // self.patch_size)
+        patches = (self.image_size[0] // self.patch_size) * (self.image_size[1] // self.patch_size)
+        return patches + (self.pooling == "class_token")
 
 
 class ModelOutput(NamedTuple):
@@ -51,7 +62,10 @@ class ModelOutput(NamedTuple):
 
 
 class VisionTransformer(nnx.Module):
-    """Patches, learned positions, pre-norm blocks, mean over tokens, linear head."""
+    """Patches, learned positions, pre-norm blocks, mean over tokens or a class token, linear head.
+
+    The class token is nothing but its position: V-MoE adds a second vector to that, for the same function.
+    """
 
     def __init__(self, config: ViTConfig, moe: MoeConfig, router: Router, *, key: jax.Array) -> None:
         self.config = config
@@ -63,10 +77,14 @@ class VisionTransformer(nnx.Module):
         self.position = nnx.Param(position, axes=(None, "embed"))
         self.blocks = Blocks(config, moe, router, key=key_blocks)
         self.norm = layer_norm(config, key_norm)
+        if config.representation_width:
+            shape = (config.width, config.representation_width)
+            self.w_representation = matrix(jax.random.fold_in(key_head, 1), shape, ("embed", None), fan_in=config.width)
         self.head = nnx.Linear(
-            config.width,
+            config.representation_width or config.width,
             config.num_classes,
             kernel_init=nnx.initializers.zeros_init(),
+            bias_init=nnx.initializers.constant(config.head_bias),
             kernel_metadata=axes("embed", None),
             bias_metadata=axes(None),
             rngs=nnx.Rngs(key_head),
@@ -88,9 +106,16 @@ class VisionTransformer(nnx.Module):
         dtype = jnp.dtype(self.config.dtype)
         patch_BLp = patches(image, self.config.patch_size).astype(dtype)
         x_BLD = jnp.einsum("BLp,pD->BLD", patch_BLp, self.w_patch[...].astype(dtype))
+        if self.config.pooling == "class_token":
+            x_BLD = jnp.pad(x_BLD, ((0, 0), (1, 0), (0, 0)))
         x_BLD = constrain_batch(x_BLD + self.position[...].astype(dtype)[None], mesh)
         x_BLD, routers = self.blocks(x_BLD, keys, mesh, mask)
-        pooled_BD = jnp.mean(self.norm(x_BLD), axis=1, dtype=jnp.float32)
+        if self.config.pooling == "class_token":
+            pooled_BD = self.norm(x_BLD[:, 0]).astype(jnp.float32)
+        else:
+            pooled_BD = jnp.mean(self.norm(x_BLD), axis=1, dtype=jnp.float32)
+        if self.config.representation_width:
+            pooled_BD = jnp.tanh(pooled_BD @ self.w_representation[...])
         return ModelOutput(self.head(pooled_BD), routers)
 
 
