@@ -190,7 +190,7 @@ def random_crop(
     """
     image = _open(data)
     whole = image.size
-    left, top, width, height = sample_box(draws, *whole, min_area, max_ratio)
+    left, top, width, height = sample_box(draws, whole[0], whole[1], min_area, max_ratio)
     # Decodes at 1/2, 1/4 or 1/8 where that is at least this large.
     image.draft(mode, (math.ceil(whole[0] * size / width), math.ceil(whole[1] * size / height)))
     scale = round(whole[0] / image.size[0])
