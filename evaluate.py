@@ -30,9 +30,8 @@ def evaluate_checkpoint(config: Config, workdir: Path, wanted: int | None) -> di
         mesh = make_mesh(config.mesh)
         task = TASKS[config.model.task]
         task.check_data(config.data, config.model)
-        batches = task.make_eval_batches(
-            config.data, "test", config.batch_size, jax.process_index(), jax.process_count()
-        )
+        hosts = (jax.process_index(), jax.process_count())
+        batches = task.make_eval_batches(config.data, config.data.test_split, config.batch_size, *hosts)
         step = make_step(config, mesh)
     state, _ = checkpoints.restore(chosen, step.abstract_state)
     measures = task.evaluate(step.predict, state.variables, batches)

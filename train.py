@@ -24,7 +24,7 @@ from moe.checkpoint import Checkpoints
 from moe.config import Config
 from moe.layers.moe import group_count
 from moe.metrics import MetricsWriter, Progress, flatten, params_sha256, per_layer, write_json
-from moe.models import Batch, Variables, make_model
+from moe.models import Batch, Objective, Variables, make_model
 from moe.optim import make_optimizer
 from moe.parallel.mesh import batch_sharding, batch_shards, constrain_batch, make_mesh, param_shardings, replicated
 from moe.tasks import TASKS
@@ -71,6 +71,7 @@ def make_step(config: Config, mesh: Mesh) -> Step:
     group_count(micro_batch, config.moe.group_size)
     model = make_model(config.model, config.moe, config.router)
     optimizer = make_optimizer(config.optimizer, config.steps)
+    objective = Objective(config.loss, config.label_smoothing)
 
     def init(key: jax.Array) -> TrainState:
         key_variables, key_run = jax.random.split(key)
@@ -82,7 +83,7 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         params: PyTree, router_state: PyTree, batch: Batch, keys: jax.Array, terms: jax.Array
     ) -> tuple[jax.Array, PyTree]:
         variables = Variables(params, router_state)
-        output = model.loss(variables, batch, keys=keys, mesh=mesh, label_smoothing=config.label_smoothing)
+        output = model.loss(variables, batch, keys=keys, mesh=mesh, objective=objective)
         router_losses = {name: jnp.sum(values) for name, values in output.routers.losses.items()}
         loss = output.loss / terms + sum(router_losses.values())
         scalars = {"loss": loss, **{name: value / terms for name, value in output.scalars.items()}}
@@ -184,7 +185,7 @@ def train(config: Config, table: ml_collections.ConfigDict, workdir: Path) -> di
         task.check_data(config.data, config.model)
         hosts = (jax.process_index(), jax.process_count())
         examples = task.make_train_iterator(config.data, config.batch_size, config.seed, *hosts)
-        test_batches = task.make_eval_batches(config.data, "test", config.batch_size, *hosts)
+        test_batches = task.make_eval_batches(config.data, config.data.test_split, config.batch_size, *hosts)
         step = make_step(config, mesh)
         lowered = step.train.lower(step.abstract_state, step.abstract_batch)
         for difference in open_workdir(workdir, table):

@@ -14,6 +14,8 @@ from typing import Any, TypedDict
 
 import jax
 
+from moe.host import keep_freed_memory
+
 
 class Row(TypedDict):
     """One figure. ratio: over the row's baseline, None where there is none."""
@@ -31,12 +33,16 @@ def interleaved(
     repeats: int = 15,
     seconds: float = 20.0,
     clock: Callable[[], float] = time.perf_counter,
+    rest: float = 0.0,
 ) -> dict[str, float]:
     """Median milliseconds per call of each function: all run in turn, so that a busy machine slows all alike.
 
     Every function is called once before, to compile. Stops after `repeats` rounds, or after `seconds` and three rounds.
     clock: time.process_time counts the processor time of all threads, which other work on the machine leaves alone.
+    rest: seconds before each call, in which the threads of another library stop to wait for work.
+    Memory is kept between calls, as the training program keeps it.
     """
+    keep_freed_memory()
     for function in functions.values():
         jax.block_until_ready(function(*arguments))
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -45,6 +51,7 @@ def interleaved(
         if round_index >= 3 and time.perf_counter() - begin > seconds:
             break
         for name, function in functions.items():
+            time.sleep(rest)
             start = clock()
             jax.block_until_ready(function(*arguments))
             times[name].append(1e3 * (clock() - start))
@@ -71,7 +78,7 @@ def table(rows: Sequence[Row]) -> str:
 def circumstances() -> dict[str, str]:
     """The machine, the versions, and the command."""
     packages = {}
-    for package in ("jax", "jaxlib", "numpy", "torch", "entmax"):
+    for package in ("jax", "jaxlib", "libtpu", "numpy", "torch", "transformers", "entmax", "pillow"):
         try:
             packages[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

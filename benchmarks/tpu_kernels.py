@@ -25,6 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.tpu_program import ENVIRONMENT
+
 ROOT = Path(__file__).parents[1]
 TOKENS = 65536
 K = 2
@@ -187,14 +189,13 @@ def compile_all(chip: Chip, sizes: list[int], only: list[str], dump: Path) -> di
 def run_chip(name: str, sizes: list[int], only: list[str]) -> dict[str, float]:
     """`compile_all` in a subprocess, whose environment makes libtpu compile without a TPU and write schedules."""
     with tempfile.TemporaryDirectory() as dump:
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "TPU_ACCELERATOR_TYPE": "v5e-4",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
-        }
+        environment = (
+            os.environ
+            | ENVIRONMENT
+            | {
+                "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
+            }
+        )
         options = ["--worker", dump, "--chips", name, "--n", *map(str, sizes), "--only", *only]
         command = [sys.executable, "-m", "benchmarks.tpu_kernels", *options]
         done = subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)

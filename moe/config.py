@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ml_collections
 
@@ -41,6 +41,8 @@ class Config:
     seed: of parameters, noise, data order and augmentation. steps: optimizer steps.
     batch_size: examples per step, on all devices together. accumulation_steps: micro-batches that a step's batch is cut
         into, to save memory. label_smoothing: share of the target spread over all classes.
+    loss: "softmax": cross-entropy of one choice among the classes; "sigmoid": the sum over the classes of the
+        cross-entropy of each by itself, as V-MoE trains.
     log_every, evaluate_every: in steps; the last step is always logged and evaluated; 0: only the last.
     """
 
@@ -56,6 +58,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     accumulation_steps: int = 1
     label_smoothing: float = 0.0
+    loss: Literal["softmax", "sigmoid"] = "softmax"
     log_every: int = 50
     evaluate_every: int = 0
 

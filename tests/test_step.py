@@ -352,3 +352,26 @@ def test_the_step_is_deterministic_and_noise_differs_between_steps() -> None:
         np.any(np.asarray(a) != b)
         for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(first["gradient"]), strict=True)
     )
+
+
+def test_the_sigmoid_loss_adds_up_over_the_classes() -> None:
+    """A fresh head gives every class the logit of its first bias, -2."""
+    model = dataclasses.replace(MODEL, head_bias=-2.0)
+    config = dataclasses.replace(
+        one_device("softmax"), model=model, loss="sigmoid", label_smoothing=0.3, router=ROUTERS["dense"]()
+    )
+    step = train.make_step(config, make_mesh(config.mesh, jax.devices()[:1]))
+    state = step.init(jax.random.key(0))
+    batch = train.to_devices(make_batch(), ("image", "label"), make_mesh(config.mesh, jax.devices()[:1]))
+    _, (metrics, _) = jax.jit(step.gradients)(state, batch)
+    positive, negative = np.log1p(np.exp(2.0)), np.log1p(np.exp(-2.0))
+    targets = np.array([0.7 + 0.03, *[0.03] * 9])
+    expected = np.sum(targets * positive + (1 - targets) * negative)
+    np.testing.assert_allclose(metrics["train"]["cross_entropy"], expected, rtol=1e-5)
+
+
+def test_metrics_are_numbered_by_the_blocks_with_experts() -> None:
+    model = dataclasses.replace(MODEL, depth=7, dense_layers=3, moe_every=2)
+    config = dataclasses.replace(CONFIG, model=model)
+    logged = train.log_values({"train": {}, "router": {}, "moe": {"overflow": np.array([0.25, 0.5])}}, config)
+    assert logged == {"moe/layer_4/overflow": 0.25, "moe/layer_6/overflow": 0.5}

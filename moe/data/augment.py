@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Float32, Int, UInt64
 
-_DRAWS = 6  # random numbers per image: two shifts, angle, scale, flip, shear
+DRAWS = 6  # random numbers per image: two shifts, angle, scale, flip, shear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ def sample_maps(
 
     M = R(angle) · diag(scale, ±scale) · S, where S slants: it moves a pixel along its row by tan(shear) · its row.
     """
-    draws = uniform(seed, positions, _DRAWS)
+    draws = uniform(seed, positions, DRAWS)
     signed = 2.0 * draws - 1.0
     shift = config.shift * signed[:, :2]
     angle = np.deg2rad(config.rotate_degrees) * signed[:, 2]

@@ -1,7 +1,8 @@
 """Batches of images and labels, for training without end and for one pass of evaluation, read with Grain.
 
-A batch is a dict of NumPy arrays: image, float32 [B, h, w, c] in [0, 1]; label, int32 [B]; index, int32 [B], the place
-of the example in its split; in evaluation also mask, bool [B], False for rows that only fill up the last batch.
+A batch is a dict of NumPy arrays: image, float32 [B, h, w, c] in [0, 1], or in the range that `photo` gives; label,
+int32 [B]; index, int32 [B], the place of the example in its split; in evaluation also mask, bool [B], False for rows
+that only fill up the last batch.
 
 Training reads one endless sequence of examples that the seed alone determines: shuffled anew in every epoch, batches
 crossing from one epoch into the next so that none is short. Batch i of the run is examples i·B to (i+1)·B - 1 of that
@@ -19,6 +20,7 @@ import numpy as np
 from absl import flags
 
 from moe.data.augment import Augment, augment
+from moe.data.photo import PhotoConfig, PhotoSplit, is_encoded
 from moe.data.source import ImageSplit, open_builder, resolve_data_dir
 
 Batch: TypeAlias = dict[str, np.ndarray]
@@ -31,6 +33,7 @@ class DataConfig:
     name: a set of `moe.data.source.BUILDERS`, or any tfds image classification set that is prepared in `data_dir`.
     data_dir: folder of all data sets; empty for $TFDS_DATA_DIR, or `data` in the current folder where that is unset.
     train_split: the split to train on, or a slice of it in tfds's notation: "train[:99%]".
+    test_split: the split to evaluate on, likewise.
     image_size: height and width of the images as the model sees them, in pixels.
     shuffle: whether each epoch of training has an order of its own; otherwise it has that of the files.
     in_memory: whether to decode a split once and hold it in memory; right for sets that are small.
@@ -38,11 +41,13 @@ class DataConfig:
     workers: processes that do so instead, each with so many threads; right where decoding keeps Python busy.
     prefetch: batches to hold ready, in each process.
     augment: how training images are moved at random.
+    photo: how photographs that are stored as JPEG are cut out, and changed in training.
     """
 
     name: str = "digits"
     data_dir: str = ""
     train_split: str = "train"
+    test_split: str = "test"
     image_size: int = 8
     shuffle: bool = True
     in_memory: bool = False
@@ -50,6 +55,7 @@ class DataConfig:
     workers: int = 0
     prefetch: int = 2
     augment: Augment = dataclasses.field(default_factory=Augment)
+    photo: PhotoConfig = PhotoConfig()
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number out of range."""
@@ -174,7 +180,7 @@ class TrainIterator(grain.DatasetIterator):
 def inspect_data(config: DataConfig) -> DataInfo:
     """The number of classes, the shape of an image and the sizes of the splits; errors as `make_train_iterator`."""
     builder = open_builder(config.name, resolve_data_dir(config.data_dir))
-    train = ImageSplit(builder, config.train_split, config.image_size)
+    train = _open_split(dataclasses.replace(config, in_memory=False), config.train_split)
     images, _ = train.read(np.zeros(1, np.int32))
     return DataInfo(
         classes=builder.info.features["label"].num_classes,
@@ -227,17 +233,22 @@ def make_eval_batches(
     return _prefetch(batches.map(functools.partial(_read_eval, split=examples)), config)
 
 
-def _open_split(config: DataConfig, split: str) -> ImageSplit:
+def _open_split(config: DataConfig, split: str) -> ImageSplit | PhotoSplit:
     builder = open_builder(config.name, resolve_data_dir(config.data_dir))
+    if is_encoded(builder):
+        return PhotoSplit(builder, split, config.image_size, config.photo, config.in_memory)
     return ImageSplit(builder, split, config.image_size, config.in_memory)
 
 
-def _read_train(batch: Batch, split: ImageSplit, config: Augment, seed: int) -> Batch:
-    images, labels = split.read(batch["index"])
+def _read_train(batch: Batch, split: ImageSplit | PhotoSplit, config: Augment, seed: int) -> Batch:
+    if isinstance(split, PhotoSplit):
+        images, labels = split.read_train(batch["index"], batch["position"], seed)
+    else:
+        images, labels = split.read(batch["index"])
     return {"image": augment(images, batch["position"], config, seed), "label": labels, "index": batch["index"]}
 
 
-def _read_eval(batch: Batch, split: ImageSplit) -> Batch:
+def _read_eval(batch: Batch, split: ImageSplit | PhotoSplit) -> Batch:
     """Blanks the rows past the end of the split, where the endless sequence has begun again."""
     images, labels = split.read(batch["index"])
     mask = batch["position"] < len(split)

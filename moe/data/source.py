@@ -102,17 +102,12 @@ class ImageSplit:
             ValueError: the split is unknown or empty, the set lacks images or labels, or is stored for reading in order
                 only.
         """
+        check_features(builder)
         info = builder.info
-        missing = {"image", "label"} - set(info.features)
-        if missing:
-            raise ValueError(
-                f"data set {info.full_name} has no feature {' or '.join(sorted(missing))} (it has "
-                f"{', '.join(info.features)}): choose an image classification set in data.name"
-            )
         self._name = f"{info.full_name}[{split}]"
         self._size = size
         self._pixel_max = _pixel_max(info)
-        self._examples = _open(builder, split)
+        self._examples = open_split(builder, split)
         self._held = self._decode(np.arange(len(self._examples))) if in_memory else None
 
     def __len__(self) -> int:
@@ -136,11 +131,22 @@ class ImageSplit:
         return images / self._pixel_max, np.array([example["label"] for example in examples], np.int32)
 
 
-def _open(builder: tfds.core.DatasetBuilder, split: str) -> Any:
-    """The split as tfds reads it at random, with ValueErrors as `ImageSplit` promises."""
+def check_features(builder: tfds.core.DatasetBuilder) -> None:
+    """Raises ValueError if the set has no images or no labels."""
+    info = builder.info
+    missing = {"image", "label"} - set(info.features)
+    if missing:
+        raise ValueError(
+            f"data set {info.full_name} has no feature {' or '.join(sorted(missing))} (it has "
+            f"{', '.join(info.features)}): choose an image classification set in data.name"
+        )
+
+
+def open_split(builder: tfds.core.DatasetBuilder, split: str, decoders: Mapping[str, Any] | None = None) -> Any:
+    """The split as tfds reads it at random, with ValueErrors as `ImageSplit` promises; decoders: by feature."""
     info = builder.info
     try:
-        return builder.as_data_source(split)
+        return builder.as_data_source(split, decoders=decoders)
     except NotImplementedError as error:
         raise ValueError(
             f"data set {info.full_name} is stored as {info.file_format.value}, which cannot be read at random: "

@@ -8,7 +8,7 @@ from flax import nnx
 
 from moe.layers.moe import MoeConfig
 from moe.layers.param import RouterState
-from moe.models.base import Batch, LossOutput, ModelConfig, ModelOutput
+from moe.models.base import Batch, LossOutput, ModelConfig, ModelOutput, Objective
 from moe.models.lm import LanguageModel, LmConfig
 from moe.models.vit import VisionTransformer, ViTConfig
 from moe.routers.base import Router
@@ -108,6 +108,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "ModelOutput",
+    "Objective",
     "Variables",
     "ViTConfig",
     "VisionTransformer",

@@ -1,7 +1,7 @@
 """What every model says of itself, and what it returns."""
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import jax
 from jaxtyping import Array, Float
@@ -24,6 +24,14 @@ class ModelConfig(BlocksConfig):
     def train_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """What a training batch holds."""
         raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What the loss of a target is; the fields are those of `moe.config.Config`."""
+
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    label_smoothing: float = 0.0
 
 
 class ModelOutput(NamedTuple):

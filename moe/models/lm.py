@@ -14,7 +14,7 @@ from moe.layers.mlp import Activation
 from moe.layers.moe import MoeConfig
 from moe.layers.norm import make_norm
 from moe.layers.param import matrix
-from moe.models.base import Batch, LossOutput, ModelConfig, ModelOutput
+from moe.models.base import Batch, LossOutput, ModelConfig, ModelOutput, Objective
 from moe.ops.attention import Places
 from moe.ops.rope import RopeScaling, Unscaled, rotation
 from moe.ops.vocabulary import Scores, VocabularyLoss, vocabulary_logits, vocabulary_loss, vocabulary_scores
@@ -139,12 +139,15 @@ class LanguageModel(nnx.Module):
         x_BLD, routers, _ = self._hidden(tokens_BL, position_BL, segment_BL, keys, mesh)
         return ModelOutput(vocabulary_logits(x_BLD, self._head(), self.config.logit_cap), routers)
 
-    def loss(
-        self, batch: Batch, *, keys: Key[Array, "B"] | None, mesh: Mesh, label_smoothing: float = 0.0
-    ) -> LossOutput:
-        """Sums over the tokens that loss_mask keeps: cross-entropy in nats, weighted z loss, right answers."""
+    def loss(self, batch: Batch, *, keys: Key[Array, "B"] | None, mesh: Mesh, objective: Objective) -> LossOutput:
+        """Sums over the tokens that loss_mask keeps: cross-entropy in nats, weighted z loss, right answers.
+
+        Raises ValueError for another objective than softmax.
+        """
+        if objective.loss != "softmax":
+            raise ValueError(f"loss = '{objective.loss}' is for images with several labels: language needs 'softmax'.")
         x_BLD, routers, _ = self._hidden(batch["tokens"], batch["position"], batch["segment"], keys, mesh)
-        settings = self._loss_settings(label_smoothing)
+        settings = self._loss_settings(objective.label_smoothing)
         sums = vocabulary_loss(x_BLD, self._head(), batch["targets"], batch["loss_mask"], settings)
         scalars = {"cross_entropy": sums.cross_entropy, "accuracy": sums.correct}
         return LossOutput(sums.loss, scalars | ({"z": sums.z} if self.config.z_weight else {}), routers)

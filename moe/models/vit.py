@@ -1,6 +1,7 @@
 """Vision transformer with mixture-of-experts blocks (V-MoE, Riquelme et al. 2021, arXiv 2106.05974)."""
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from moe.layers.block import Blocks
 from moe.layers.moe import MoeConfig
 from moe.layers.norm import make_norm
 from moe.layers.param import axes, matrix
-from moe.models.base import Batch, LossOutput, ModelConfig, ModelOutput
+from moe.models.base import Batch, LossOutput, ModelConfig, ModelOutput, Objective
 from moe.parallel.mesh import constrain_batch
 from moe.routers.base import Router
 
@@ -24,6 +25,10 @@ class ViTConfig(ModelConfig):
 
     image_size: [height, width, channels] of an image. patch_size: pixels along the side of a square patch.
     num_classes: width of the head.
+    pooling: what the head sees: the "mean" over the tokens, or a "class_token" that stands before the patches and is
+        routed as they are.
+    representation_width: width of a layer with tanh before the head; 0: there is none.
+    head_bias: the head's biases at first; -log(num_classes) starts a sigmoid loss at a rate of one class in all.
     """
 
     task = "image"
@@ -32,6 +37,9 @@ class ViTConfig(ModelConfig):
     image_size: tuple[int, ...] = (8, 8, 1)
     patch_size: int = 2
     num_classes: int = 10
+    pooling: Literal["mean", "class_token"] = "mean"
+    representation_width: int = 0
+    head_bias: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,6 +49,8 @@ class ViTConfig(ModelConfig):
             raise ValueError(
                 f"model.patch_size = {self.patch_size} must divide the sides of model.image_size = {self.image_size}."
             )
+        if self.representation_width < 0:
+            raise ValueError(f"model.representation_width = {self.representation_width} must not be negative.")
 
     def train_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """What a training batch holds."""
@@ -52,11 +62,15 @@ class ViTConfig(ModelConfig):
     @property
     def length(self) -> int:
         """Tokens per image."""
-        return (self.image_size[0] // self.patch_size) * (self.image_size[1] // self.patch_size)
+        patches = (self.image_size[0] // self.patch_size) * (self.image_size[1] // self.patch_size)
+        return patches + (self.pooling == "class_token")
 
 
 class VisionTransformer(nnx.Module):
-    """Patches, learned positions, pre-norm blocks, mean over tokens, linear head."""
+    """Patches, learned positions, pre-norm blocks, mean over tokens or a class token, linear head.
+
+    The class token is nothing but its position: V-MoE adds a second vector to that, for the same function.
+    """
 
     def __init__(self, config: ViTConfig, moe: MoeConfig, router: Router, *, key: jax.Array) -> None:
         self.config = config
@@ -68,10 +82,14 @@ class VisionTransformer(nnx.Module):
         self.position = nnx.Param(position, axes=(None, "embed"))
         self.blocks = Blocks(config, moe, router, key=key_blocks)
         self.norm = make_norm(config.width, config.dtype, config.rms_eps, key_norm)
+        if config.representation_width:
+            shape = (config.width, config.representation_width)
+            self.w_representation = matrix(jax.random.fold_in(key_head, 1), shape, ("embed", None), fan_in=config.width)
         self.head = nnx.Linear(
-            config.width,
+            config.representation_width or config.width,
             config.num_classes,
             kernel_init=nnx.initializers.zeros_init(),
+            bias_init=nnx.initializers.constant(config.head_bias),
             kernel_metadata=axes("embed", None),
             bias_metadata=axes(None),
             rngs=nnx.Rngs(key_head),
@@ -93,18 +111,28 @@ class VisionTransformer(nnx.Module):
         dtype = jnp.dtype(self.config.dtype)
         patch_BLp = patches(image, self.config.patch_size).astype(dtype)
         x_BLD = jnp.einsum("BLp,pD->BLD", patch_BLp, self.w_patch[...].astype(dtype))
+        if self.config.pooling == "class_token":
+            x_BLD = jnp.pad(x_BLD, ((0, 0), (1, 0), (0, 0)))
         x_BLD = constrain_batch(x_BLD + self.position[...].astype(dtype)[None], mesh)
         x_BLD, routers, _ = self.blocks(x_BLD, keys, mesh, mask)
-        pooled_BD = jnp.mean(self.norm(x_BLD), axis=1, dtype=jnp.float32)
+        if self.config.pooling == "class_token":
+            pooled_BD = self.norm(x_BLD[:, 0]).astype(jnp.float32)
+        else:
+            pooled_BD = jnp.mean(self.norm(x_BLD), axis=1, dtype=jnp.float32)
+        if self.config.representation_width:
+            pooled_BD = jnp.tanh(pooled_BD @ self.w_representation[...])
         return ModelOutput(self.head(pooled_BD), routers)
 
-    def loss(
-        self, batch: Batch, *, keys: Key[Array, "B"] | None, mesh: Mesh, label_smoothing: float = 0.0
-    ) -> LossOutput:
-        """Sums over the images: softmax cross-entropy of the smoothed label, and the number of right answers."""
+    def loss(self, batch: Batch, *, keys: Key[Array, "B"] | None, mesh: Mesh, objective: Objective) -> LossOutput:
+        """Sums over the images: cross-entropy of the smoothed label, and the number of right answers."""
         output = self(batch["image"], keys=keys, mesh=mesh)
-        targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], self.config.num_classes), label_smoothing)
-        cross_entropy = jnp.sum(optax.softmax_cross_entropy(output.logits, targets))
+        targets = optax.smooth_labels(
+            jax.nn.one_hot(batch["label"], self.config.num_classes), objective.label_smoothing
+        )
+        if objective.loss == "sigmoid":
+            cross_entropy = jnp.sum(optax.sigmoid_binary_cross_entropy(output.logits, targets))
+        else:
+            cross_entropy = jnp.sum(optax.softmax_cross_entropy(output.logits, targets))
         correct = jnp.sum(jnp.argmax(output.logits, axis=-1) == batch["label"], dtype=jnp.float32)
         return LossOutput(cross_entropy, {"cross_entropy": cross_entropy, "accuracy": correct}, output.routers)
 

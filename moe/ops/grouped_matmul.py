@@ -5,6 +5,7 @@ TPU unless a compiler option says otherwise (in the weights' gradient on some ve
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,8 +20,11 @@ IMPLEMENTATIONS = ("blocks", "ragged_dot", "megablox")
 
 # On CPU: rows of a block at most and at least, and how many lengths of blocks are compiled.
 _MOST_ROWS, _LEAST_ROWS, _LENGTHS = 512, 8, 16
-# Rows, contraction and columns of a tile on TPU, as large as its matrix unit and memory like them.
-_TILES = (512, 1024, 1024)
+# On TPU: rows of a tile at most, and columns; bytes of a tile of a matrix; rows and columns of a tile of its gradient.
+# Two tiles of each operand and the sums must fit into the 16 MiB of vector memory that a kernel is given.
+_TILE_ROWS, _TILE_COLUMNS, _TILE_BYTES, _GRADIENT_TILE = 512, 512, 4 << 20, (1024, 512)
+# Rows of bfloat16 that one register packs.
+_LEAST_TILE_ROWS = 16
 
 
 def grouped_matmul(
@@ -82,7 +86,7 @@ def _rows_by_matrices(
         {
             "blocks": functools.partial(_blocks_by_matrices, transpose=transpose),
             "ragged_dot": functools.partial(_ragged_by_matrices, transpose=transpose),
-            "megablox": functools.partial(_megablox_by_matrices, transpose=transpose),
+            "megablox": functools.partial(_megablox_by_matrices, block=block, transpose=transpose),
         },
         x,
         w,
@@ -97,7 +101,7 @@ def _rows_by_rows(x: Array, y: Array, sizes: Array, block: int, implementation: 
         {
             "blocks": _blocks_by_rows,
             "ragged_dot": _ragged_by_rows,
-            "megablox": _megablox_by_rows,
+            "megablox": functools.partial(_megablox_by_rows, block=block),
         },
         x,
         y,
@@ -242,20 +246,33 @@ def _used(rows: Array, sizes: Array) -> Array:
 # Megablox -------------------------------------------------------------------------------------------------------------
 
 
-def _megablox_by_matrices(x: Array, w: Array, sizes: Array, *, transpose: bool) -> Array:
+def _megablox_by_matrices(x: Array, w: Array, sizes: Array, *, block: int, transpose: bool) -> Array:
     from jax.experimental.pallas.ops.tpu.megablox import gmm
 
-    tiles = _tiles(x.shape[0], x.shape[1], w.shape[1] if transpose else w.shape[2])
+    contraction, width = x.shape[1], w.shape[1] if transpose else w.shape[2]
+    columns = min(width, _TILE_COLUMNS)
+    # Where the contraction is one tile, a matrix stays in place from one tile of its rows to the next; otherwise every
+    # tile of few rows waits for it to be read anew.
+    pieces = -(-contraction * columns * w.dtype.itemsize // _TILE_BYTES)
+    depth = contraction if pieces == 1 else -(-contraction // (128 * pieces)) * 128
+    tiles = (_row_tile(x.shape[0], block), depth, columns)
     return _used(gmm(x, w, sizes, x.dtype, tiles, transpose_rhs=transpose), sizes)
 
 
-def _megablox_by_rows(x: Array, y: Array, sizes: Array) -> Array:
+def _megablox_by_rows(x: Array, y: Array, sizes: Array, *, block: int) -> Array:
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-    return tgmm(x.T, y, sizes, jnp.float32, _tiles(x.shape[0], x.shape[1], y.shape[1]))
+    tiles = (_row_tile(x.shape[0], block), min(x.shape[1], _GRADIENT_TILE[0]), min(y.shape[1], _GRADIENT_TILE[1]))
+    return tgmm(x.T, y, sizes, jnp.float32, tiles)
 
 
-def _tiles(rows: int, contraction: int, columns: int) -> tuple[int, int, int]:
-    """`_TILES`, cut to the problem; the kernel wants the rows in whole tiles."""
-    tile = next(size for size in (*(_TILES[0] >> shift for shift in range(7)), rows) if rows % size == 0)
-    return tile, min(_TILES[1], contraction), min(_TILES[2], columns)
+def _row_tile(rows: int, block: int) -> int:
+    """Rows of a tile, which must divide all rows; where it divides the block, too, no row is multiplied twice.
+
+    The kernel multiplies a whole tile once for each group that has rows in it. Blocks too small for the hardware's
+    layout leave such tiles: at most one more for each group.
+    """
+    aligned = math.gcd(block, _TILE_ROWS)
+    if aligned >= _LEAST_TILE_ROWS:
+        return aligned
+    return math.gcd(rows, 128) if rows % 8 == 0 else rows

@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.tpu_program import ENVIRONMENT
 from moe import isotonic, topk
 from moe.isotonic import implementation, networks
 from moe.isotonic.kernels import dykstra, threshold
@@ -278,12 +279,7 @@ def test_a_kernel_asked_for_by_name_runs_or_raises() -> None:
 def v5e(monkeypatch: pytest.MonkeyPatch) -> Mesh:
     """Four devices that this machine doesn't have."""
     pytest.importorskip("libtpu", reason="libtpu is not installed: pip install 'moe-jax[tpu-aot]'")
-    for name, value in {
-        "TPU_ACCELERATOR_TYPE": "v5e-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }.items():
+    for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
     return Mesh(np.array(topology.devices), ("data",))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.models import LmConfig, make_model
+from moe.models import LmConfig, Objective, make_model
 from moe.ops.rope import Yarn
 from moe.routers import ROUTERS
 from tests.models.helpers import (
@@ -73,7 +73,7 @@ def run(name: str) -> Any:
 
     def both(params: Any) -> Any:
         given = variables._replace(params=params)
-        output = model.loss(given, batch, keys=None, mesh=ONE_DEVICE, label_smoothing=0.1)
+        output = model.loss(given, batch, keys=None, mesh=ONE_DEVICE, objective=Objective(label_smoothing=0.1))
         return output.loss, (output, model.apply(given, batch["tokens"], keys=None, mesh=ONE_DEVICE).logits)
 
     return jax.jit(jax.grad(both, has_aux=True), compiler_options=COMPILER_OPTIONS)(variables.params)
@@ -115,7 +115,7 @@ def test_padding_is_never_routed_and_the_router_sees_token_ids() -> None:
     model, variables, batch = make_model(PLAIN, MOE, ROUTER), make_variables(PLAIN), make_batch()
     batch["segment"][2:] = 0
     output = jax.jit(
-        lambda batch: model.loss(variables, batch, keys=None, mesh=ONE_DEVICE),
+        lambda batch: model.loss(variables, batch, keys=None, mesh=ONE_DEVICE, objective=Objective()),
         compiler_options=COMPILER_OPTIONS,
     )(batch)
     np.testing.assert_allclose(output.routers.metrics["experts_per_token"], [2, 2])
@@ -176,6 +176,13 @@ def test_a_sequence_longer_than_the_model_s_limit_is_refused() -> None:
     model = make_model(PLAIN, MOE, ROUTER)
     with pytest.raises(ValueError, match=r"a sequence of 10 tokens exceeds model.length = 9"):
         model.apply(make_variables(PLAIN), jnp.zeros((1, LENGTH + 1), jnp.int32), keys=None, mesh=ONE_DEVICE)
+
+
+def test_an_objective_of_images_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"loss = 'sigmoid' is for images"):
+        make_model(PLAIN, MOE, ROUTER).loss(
+            make_variables(PLAIN), {}, keys=None, mesh=ONE_DEVICE, objective=Objective("sigmoid")
+        )
 
 
 def test_the_dense_twin_has_no_router_and_no_head_where_it_is_tied() -> None:

@@ -12,7 +12,7 @@ import pytest
 import train
 from moe.config import Config
 from moe.evaluation.language import evaluate
-from moe.models import make_model
+from moe.models import Objective, make_model
 from moe.optim import OptimizerConfig
 from moe.parallel.mesh import MeshConfig, make_mesh
 from moe.routers import Softmax
@@ -101,7 +101,7 @@ def test_a_batch_without_a_target_has_no_gradient_and_no_nan() -> None:
     variables, batch = model.init(jax.random.key(0)), {**make_batch(), "loss_mask": np.zeros((BATCH, LENGTH), bool)}
 
     def loss(params: Any) -> jax.Array:
-        output = model.loss(variables._replace(params=params), batch, keys=None, mesh=ONE_DEVICE)
+        output = model.loss(variables._replace(params=params), batch, keys=None, mesh=ONE_DEVICE, objective=Objective())
         return output.loss / model.terms(batch)
 
     gradient = jax.jit(jax.grad(loss), compiler_options=COMPILER_OPTIONS)(variables.params)

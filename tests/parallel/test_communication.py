@@ -36,7 +36,7 @@ def traded_bytes(hlo: str) -> int:
 
 
 def is_alone(collective: str) -> bool:
-    """Whether its groups are of one device: by their list, by their shape, or by the mesh's axes, as versions write it."""
+    """Whether its groups are of one device, written as a list, a shape, or axes of the mesh."""
     by_axes = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", collective)
     if by_axes is None:
         return re.search(r"replica_groups=(?:\{\{\d+\}|\[\d+,1\])", collective) is not None

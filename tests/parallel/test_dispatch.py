@@ -110,6 +110,7 @@ def test_what_is_chosen_by_itself() -> None:
 
 def test_training_sorts_rows_where_a_kernel_makes_that_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     mesh = make_mesh(MeshConfig(data=2, expert=4))
+    monkeypatch.setattr(dispatch_module, "_platform", lambda mesh: "gpu")
     assert not sorts_fast(mesh, num_rows=1 << 20, num_experts=8)
     monkeypatch.setattr(dispatch_module, "_platform", lambda mesh: "tpu")
     # 2 x 4 devices with 4 x 2 experts: 512 rows for each of a device's two experts are 8 x 2 x 512 in all.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe.routers import SparseTransport
-from moe.routers.sparse_transport import columns, dual_variables, token_masses
+from moe.routers.sparse_transport import columns, dual_variables, token_masses, unsorted_masses
 from moe.types import RouterInputs
 from tests.oracles import routing as oracle
 from tests.oracles import sparse_gates, transport
@@ -71,6 +71,24 @@ def test_the_plan_converges_to_its_masses_with_at_most_a_capacity_of_tokens() ->
         error.append(np.mean(np.abs(mass_T - 1)))
     assert error[0] > error[1] > error[2]
     assert error[2] < 0.02
+
+
+@pytest.mark.parametrize("case", ["spread", "wide", "ties", "padded", "only padding"])
+@pytest.mark.parametrize("k", [1, 2, EXPERTS])
+def test_masses_without_sorting_are_those_of_the_columns(case: str, k: int) -> None:
+    """Whether the capacity binds, the threshold does, or entries tie at the last place."""
+    num_tokens = 60
+    scores_TE = unbalanced_logits(num_tokens=num_tokens, spread=30.0 if case == "wide" else 1.0)
+    if case == "ties":
+        scores_TE = np.round(scores_TE) + np.float32(0)  # no -0, which a sort tells from 0
+    mask_T = np.arange(num_tokens) % 3 != 1 if case == "padded" else np.full(num_tokens, case != "only padding")
+
+    def both(scores_TE: jax.Array, mask_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+        plan = columns(scores_TE, mask_T, k, 0.5)
+        return token_masses(plan, num_tokens), unsorted_masses(scores_TE, mask_T, k, 0.5)
+
+    expected, got = jax.jit(both, compiler_options=COMPILER_OPTIONS)(jnp.asarray(scores_TE), jnp.asarray(mask_T))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_equal_tokens_are_spread_evenly_where_there_is_room_for_all() -> None:
