@@ -23,13 +23,13 @@ packages, one example per file, in the order of their names. A file tests if the
 class Stdlib(tfds.core.GeneratorBasedBuilder):
     """Features: name, the path below the library's folder; text, the bytes of the file.
 
-    Splits: train; test, the 5 % of files whose names hash lowest (`held_out`), so that a file stays on its side whatever
-    else a version of Python adds. The set has the version of Python, as each has sources of its own; the metadata hold
-    `manifest_sha256`, the hash of a list of all files' hashes and names, and `bytes`.
+    Splits: train; test, the 5 % of files whose names hash lowest (`held_out`), so that a file stays on its side
+    whatever else a version of Python adds. The set has the version of Python, as each has sources of its own; the
+    metadata hold `manifest_sha256`, the hash of a list of all files' hashes and names, and `bytes`.
     """
 
     VERSION = tfds.core.Version("{}.{}.{}".format(*sys.version_info[:3]))
-    RELEASE_NOTES = {}  # noqa: RUF012, the base class declares it so
+    RELEASE_NOTES = {str(VERSION): "The sources of this version."}  # noqa: RUF012, the base class declares it so
 
     def _info(self) -> tfds.core.DatasetInfo:
         return GeneratedInfo(
@@ -47,8 +47,8 @@ class Stdlib(tfds.core.GeneratorBasedBuilder):
         names = source_names(root)
         if not names:
             raise ValueError(
-                f"this Python has no sources of its standard library under {root}: run it from an ordinary installation, "
-                "or choose another set in data.name"
+                f"this Python has no sources of its standard library under {root}: run it from an ordinary "
+                "installation, or choose another set in data.name"
             )
         texts = {name: (root / name).read_bytes() for name in names}
         self.info.metadata["manifest_sha256"] = manifest_sha256(texts)
