@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ CONFIG = Config(
     router=Softmax(k=2, balance_weight=0.01, z_weight=0.01),
     optimizer=OptimizerConfig(warmup_steps=1),
     mesh=MeshConfig(data=1),
+    data=types.SimpleNamespace(length=LENGTH),  # type: ignore[arg-type]
 )
 
 
