@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from moe import cli
-from moe.data.tokenizer import Tokenizer, TokenizerConfig, open_tokenizer
+from moe.data.text import TextConfig
+from moe.data.tokenizer import Tokenizer, open_tokenizer
 from moe.models import LmConfig, Model, Variables
 from moe.parallel.mesh import batch_shards
 from moe.workdir import load_model
@@ -162,9 +163,9 @@ def main(argv: Sequence[str]) -> None:
     with cli.usage_errors():
         sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
         loaded = load_model(Path(arguments.workdir), arguments.step, overrides)
-        if not isinstance(loaded.config.model, LmConfig):
+        if not isinstance(loaded.config.model, LmConfig) or not isinstance(loaded.config.data, TextConfig):
             raise ValueError(f"{arguments.workdir} holds a model of images, which writes no text.")
-        tokenizer = open_tokenizer(getattr(loaded.config.data, "tokenizer", TokenizerConfig()))
+        tokenizer = open_tokenizer(loaded.config.data.tokenizer)
         prompts = encode_prompts(tokenizer, arguments.prompt, arguments.max_tokens, loaded.config.model)
     steps = generate(
         loaded.model,

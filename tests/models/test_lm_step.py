@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import types
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import pytest
 
 import train
 from moe.config import Config
+from moe.data.text import TextConfig
 from moe.evaluation.language import evaluate
 from moe.models import Objective, make_model
 from moe.optim import OptimizerConfig
@@ -32,7 +32,7 @@ CONFIG = Config(
     router=Softmax(k=2, balance_weight=0.01, z_weight=0.01),
     optimizer=OptimizerConfig(warmup_steps=1),
     mesh=MeshConfig(data=1),
-    data=types.SimpleNamespace(length=LENGTH),  # type: ignore[arg-type]
+    data=TextConfig(length=LENGTH),
 )
 
 
