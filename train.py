@@ -138,7 +138,7 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         ),
         abstract_batch=jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows),
-            config.model.train_batch(config.batch_size),
+            config.model.train_batch(config.batch_size, config.data),
         ),
     )
 

@@ -17,12 +17,14 @@ import ml_collections
 from moe import isotonic, topk
 from moe.checkpoint import CheckpointConfig
 from moe.data.pipeline import DataConfig
+from moe.data.text import TextConfig
 from moe.layers.moe import MoeConfig
 from moe.models import MODELS, ModelConfig
 from moe.ops.rope import ROPE_SCALINGS, RopeScaling
 from moe.optim import OptimizerConfig
 from moe.parallel.mesh import MeshConfig
 from moe.routers import ROUTERS, Router
+from moe.tasks import TASKS
 
 # A table that offers a choice of many: {"name": which, which: {its settings}, another: {its settings}}.
 CHOICES: Mapping[Any, Mapping[str, Any]] = {
@@ -52,7 +54,7 @@ class Config:
     model: ModelConfig
     moe: MoeConfig
     router: Router
-    data: DataConfig = DataConfig()
+    data: DataConfig | TextConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -154,7 +156,13 @@ def _parse(text: str, old: Any, path: str) -> Any:
 
 def resolve(config: ml_collections.ConfigDict) -> Config:
     """The frozen form that the rest of the code sees. Raises ValueError for an unknown, missing or unfit field."""
-    return _build(Config, config.to_dict(), "")
+    table = config.to_dict()
+    # What the data are is up to the model.
+    data = table.pop("data", {})
+    values = _values(Config, table, "")
+    if "model" in values:
+        values["data"] = _build(TASKS[values["model"].task].data, data, "data")
+    return _construct(Config, values, "")
 
 
 def _build(kind: Any, table: Any, path: str) -> Any:

@@ -10,7 +10,6 @@ import functools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from moe import cli
+from moe.data.text import TextConfig
+from moe.data.tokenizer import Tokenizer, open_tokenizer
 from moe.models import LmConfig, Model, Variables
 from moe.parallel.mesh import batch_shards
 from moe.workdir import load_model
@@ -41,31 +42,6 @@ class Sampling:
             raise ValueError(f"temperature = {self.temperature} and top_k = {self.top_k} must not be negative.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p} must lie above 0 and not above 1.")
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """Text to token ids and back."""
-
-    vocab_size: int
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, tokens: list[int]) -> str: ...
-
-
-class Bytes:
-    """The bytes of the text in UTF-8."""
-
-    vocab_size = 256
-
-    def encode(self, text: str) -> list[int]:
-        """One token a byte."""
-        return list(text.encode())
-
-    def decode(self, tokens: list[int]) -> str:
-        """The text; U+FFFD stands for bytes that are none."""
-        return bytes(tokens).decode(errors="replace")
 
 
 def sample(logits_BV: Float[Array, "B V"], keys_B: Key[Array, "B"], sampling: Sampling) -> Int[Array, "B"]:
@@ -94,11 +70,12 @@ def generate(
     sampling: Sampling,
     seed: int,
     mesh: Mesh,
+    tokenizer: Tokenizer,
 ) -> Iterator[Int[np.ndarray, "B"]]:
-    """Yields `max_tokens` times the next token of every prompt.
+    """Yields the next token of every prompt, `max_tokens` times or until all texts have ended; after its end, the end.
 
     Prompts may differ in length: each token's keys and values lie in the cache at the index of its position. A prompt's
-    noise depends on the seed and its place among the prompts.
+    noise depends on the seed and its place among the prompts. Only tokens that the tokenizer has are drawn.
     """
     lengths = np.array([len(prompt) for prompt in prompts])
     rows = -(-len(prompts) // batch_shards(mesh)) * batch_shards(mesh)
@@ -113,35 +90,43 @@ def generate(
     def step(variables, tokens_BL, position_BL, mask_BL, caches, index):  # type: ignore[no-untyped-def]
         logits_BV, caches = decode(variables, tokens_BL, position_BL, mask_BL, caches, mesh=mesh)
         keys_now_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
-        return sample(logits_BV, keys_now_B, sampling), caches
+        return sample(logits_BV[:, : tokenizer.vocab_size], keys_now_B, sampling), caches
 
     caches = model.method("make_caches")(variables, rows, int(lengths.max()) + max_tokens)
-    token_B, caches = step(variables, tokens_BL, position_BL, mask_BL, caches, 0)
+    real_B = np.arange(rows) < len(prompts)
     next_B = np.zeros(rows, np.int32)
-    next_B[: len(prompts)] = lengths
-    yield np.asarray(token_B)[: len(prompts)]
-    for index in range(1, max_tokens):
-        mask_B1 = np.arange(rows)[:, None] < len(prompts)
-        token_B, caches = step(variables, token_B[:, None], next_B[:, None], mask_B1, caches, index)
+    next_B[real_B] = lengths
+    ended_B = ~real_B
+    for index in range(max_tokens):
+        token_B, caches = step(variables, tokens_BL, position_BL, mask_BL, caches, index)
+        shown_B = np.where(ended_B, tokenizer.end, token_B)
+        yield shown_B[real_B]
+        ended_B = ended_B | (shown_B == tokenizer.end)
+        if ended_B.all():
+            return
+        tokens_BL, position_BL, mask_BL = token_B[:, None], next_B[:, None], real_B[:, None]
         next_B = next_B + 1
-        yield np.asarray(token_B)[: len(prompts)]
 
 
 def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int, config: LmConfig) -> list[list[int]]:
-    """The prompts' tokens. Raises ValueError where one is empty, or they don't fit the model with what is to follow."""
+    """The prompts' tokens, behind the token that stands before every document.
+
+    Raises ValueError where they don't fit the model, with what is to follow.
+    """
     if max_tokens < 1:
         raise ValueError(f"max_tokens = {max_tokens} must be at least 1.")
-    prompts = [tokenizer.encode(text) for text in texts]
-    if not all(prompts):
-        raise ValueError("a prompt is empty: give at least one token to go on from.")
-    longest, largest = max(map(len, prompts)), max(map(max, prompts))
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, and model.vocab_size is {config.vocab_size}: it isn't "
+            "the one that the model was trained with."
+        )
+    prompts = [[tokenizer.end, *(int(token) for token in tokenizer.encode(text))] for text in texts]
+    longest = max(map(len, prompts))
     if longest + max_tokens > config.length:
         raise ValueError(
             f"a prompt of {longest} tokens and {max_tokens} more exceed model.length = {config.length}: shorten the "
             "prompt, or choose a smaller --max-tokens."
         )
-    if largest >= config.vocab_size:
-        raise ValueError(f"token {largest} of a prompt lies outside model.vocab_size = {config.vocab_size}.")
     return prompts
 
 
@@ -178,9 +163,9 @@ def main(argv: Sequence[str]) -> None:
     with cli.usage_errors():
         sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
         loaded = load_model(Path(arguments.workdir), arguments.step, overrides)
-        if not isinstance(loaded.config.model, LmConfig):
+        if not isinstance(loaded.config.model, LmConfig) or not isinstance(loaded.config.data, TextConfig):
             raise ValueError(f"{arguments.workdir} holds a model of images, which writes no text.")
-        tokenizer = Bytes()
+        tokenizer = open_tokenizer(loaded.config.data.tokenizer)
         prompts = encode_prompts(tokenizer, arguments.prompt, arguments.max_tokens, loaded.config.model)
     steps = generate(
         loaded.model,
@@ -190,6 +175,7 @@ def main(argv: Sequence[str]) -> None:
         sampling=sampling,
         seed=arguments.seed,
         mesh=loaded.mesh,
+        tokenizer=tokenizer,
     )
     sys.stdout.write(arguments.prompt[0])
     new = write_stream(tokenizer, prompts[0], steps)

@@ -3,19 +3,21 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from moe.data import pipeline
-from moe.evaluation import classify
-from moe.models import ViTConfig
+from moe.data import pipeline, text
+from moe.evaluation import classify, language
+from moe.models import LmConfig, ViTConfig
 
 
 class Task(NamedTuple):
     """The data and measures of one kind of model; `config.model.task` names it.
 
+    data: the class of the config's table `data`.
     check_data(data, model): raises ValueError if the data of a config don't fit its model.
     make_train_iterator, make_eval_batches: as in `moe.data.pipeline`.
     evaluate(predict, variables, batches): measures by name, of what `Model.score` returns for every batch.
     """
 
+    data: type
     check_data: Callable[[Any, Any], None]
     make_train_iterator: Callable[..., Any]
     make_eval_batches: Callable[..., Any]
@@ -32,6 +34,22 @@ def check_images(data: pipeline.DataConfig, model: ViTConfig) -> None:
         )
 
 
+def check_text(data: text.TextConfig, model: LmConfig) -> None:
+    """Raises ValueError if rows of text are longer than the model reads, or hold tokens that it doesn't know."""
+    if data.length > model.length:
+        raise ValueError(f"data.length = {data.length} tokens exceed model.length = {model.length}.")
+    text.check_vocabulary(text.inspect_text(data), model.vocab_size)
+
+
 TASKS: Mapping[str, Task] = {
-    "image": Task(check_images, pipeline.make_train_iterator, pipeline.make_eval_batches, classify.evaluate),
+    "image": Task(
+        pipeline.DataConfig,
+        check_images,
+        pipeline.make_train_iterator,
+        pipeline.make_eval_batches,
+        classify.evaluate,
+    ),
+    "text": Task(
+        text.TextConfig, check_text, text.make_text_train_iterator, text.make_text_eval_batches, language.evaluate
+    ),
 }

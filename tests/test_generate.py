@@ -14,8 +14,9 @@ import train
 from moe import cli, generate
 from moe import config as config_lib
 from moe.checkpoint import Checkpoints
-from moe.generate import Bytes, Sampling, encode_prompts, sample
-from moe.models import LmConfig, make_model
+from moe.data.tokenizer import Bytes
+from moe.generate import Sampling, encode_prompts, sample
+from moe.models import LmConfig, Model, make_model
 from moe.parallel.mesh import MeshConfig, make_mesh
 from moe.workdir import load_model
 from tests.models.helpers import MOE, ODD, ONE_DEVICE, PLAIN, ROUTER, VOCABULARY, make_variables
@@ -37,10 +38,19 @@ TABLE = {
 }
 
 
+class Few(Bytes):
+    """As many tokens as the small models have, and no end."""
+
+    vocab_size = VOCABULARY
+    end = -1
+
+
 def run(config: LmConfig, prompts: list[list[int]], mesh: jax.sharding.Mesh = ONE_DEVICE) -> np.ndarray:
     """The tokens that follow each prompt, [prompts, NEW]."""
     model = make_model(config, ONE_EACH, ROUTER)
-    steps = generate.generate(model, make_variables(config), prompts, NEW, sampling=GREEDY, seed=0, mesh=mesh)
+    steps = generate.generate(
+        model, make_variables(config), prompts, NEW, sampling=GREEDY, seed=0, mesh=mesh, tokenizer=Few()
+    )
     return np.stack(list(steps), axis=1)
 
 
@@ -103,13 +113,34 @@ def test_sampling_out_of_range_and_prompts_that_do_not_fit_are_refused() -> None
         with pytest.raises(ValueError, match=sentence):
             Sampling(**settings)
     for texts, count, sentence in (
-        (["ab", ""], 1, r"a prompt is empty"),
-        (["ab"], 8, r"a prompt of 2 tokens and 8 more exceed model.length = 9"),
+        (["ab", ""], 7, r"a prompt of 3 tokens and 7 more exceed model.length = 9"),
         (["ab"], 0, r"max_tokens = 0"),
-        (["a"], 1, rf"token 97 of a prompt lies outside model.vocab_size = {VOCABULARY}"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            encode_prompts(Bytes(), texts, count, PLAIN)
+            encode_prompts(Bytes(), texts, count, dataclasses.replace(PLAIN, vocab_size=257))
+    with pytest.raises(ValueError, match=rf"the tokenizer has 257 tokens, and model.vocab_size is {VOCABULARY}"):
+        encode_prompts(Bytes(), ["a"], 1, PLAIN)
+    assert encode_prompts(Few(), ["A", ""], 1, PLAIN) == [[-1, 65], [-1]]
+
+
+def test_generation_ends_with_the_last_text() -> None:
+    """Two prompts whose ends come apart: the first is shown its end until the other has come to it as well."""
+    config = dataclasses.replace(PLAIN, length=LENGTH)
+    plain = run(config, PROMPTS)
+    later = next(n for n in range(NEW) if plain[1, n] not in plain[1, :n] and plain[1, n] in plain[0])
+    tokenizer = Few()
+    tokenizer.end = int(plain[1, later])
+    model, variables = make_model(config, ONE_EACH, ROUTER), make_variables(config)
+    steps = list(
+        generate.generate(
+            model, variables, PROMPTS[:2], NEW, sampling=GREEDY, seed=0, mesh=ONE_DEVICE, tokenizer=tokenizer
+        )
+    )
+    ends = [list(row).index(tokenizer.end) for row in plain[:2]]
+    assert len(steps) == max(ends) + 1
+    for row in range(2):
+        np.testing.assert_array_equal([s[row] for s in steps[: ends[row] + 1]], plain[row, : ends[row] + 1])
+        assert all(s[row] == tokenizer.end for s in steps[ends[row] :])
 
 
 def test_a_stream_waits_for_the_end_of_a_character(capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,15 +155,21 @@ def test_a_stream_waits_for_the_end_of_a_character(capsys: pytest.CaptureFixture
     assert written == ["a", "", "é", "", "", "€"]
 
 
+def fresh_model() -> Model:
+    config = config_lib.resolve(ml_collections.ConfigDict(TABLE))
+    return make_model(config.model, config.moe, config.router)
+
+
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of no steps."""
     folder = tmp_path_factory.mktemp("lm")
     table = ml_collections.ConfigDict(TABLE)
     (folder / "config.json").write_text(config_lib.to_json(table))
-    step = train.make_step(config_lib.resolve(table), ONE_DEVICE)
+    key = jax.random.key(0)
+    state = train.TrainState(jnp.int32(7), fresh_model().init(key), {"of": jnp.ones(3)}, jax.random.key_data(key))
     checkpoints = Checkpoints(folder / "checkpoints", keep=1)
-    checkpoints.save(7, step.init(jax.random.key(0)), {})
+    checkpoints.save(7, state, {})
     checkpoints.close()
     return folder
 
@@ -169,9 +206,7 @@ def test_the_program_continues_prompts(workdir: Path, capsys: pytest.CaptureFixt
 def test_a_loaded_model_has_the_checkpoint_s_weights(workdir: Path) -> None:
     """Sharded as the mesh says; a config with other shapes is one sentence."""
     loaded = load_model(workdir, None, ["mesh.fsdp=2", "mesh.expert=2", "mesh.data=2"])
-    step = train.make_step(config_lib.resolve(ml_collections.ConfigDict(TABLE)), ONE_DEVICE)
-    expected = step.init(jax.random.key(0)).variables
-    jax.tree.map(np.testing.assert_array_equal, loaded.variables, expected)
-    assert loaded.variables.params["embedding"].addressable_shards[0].data.shape == (256, 8)
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, fresh_model().init(jax.random.key(0)))
+    assert loaded.variables.params["embedding"].addressable_shards[0].data.shape == (257, 8)
     with pytest.raises(Exception, match=r"doesn't fit the config: it has variables/params/.* \(.*16.*\).*32"):
         load_model(workdir, None, ["model.width=32", "mesh.data=8"])

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from moe.data.generated import GeneratedInfo
+
 _TRAIN_EXAMPLES = 1437
 
 _DESCRIPTION = """\
@@ -21,17 +23,6 @@ _CITATION = """\
 }"""
 
 
-class _GeneratedInfo(tfds.core.DatasetInfo):
-    """Information on a set that is generated here.
-
-    The base class looks for published statistics first, and leaves an empty folder in the system's temporary folder
-    each time; a generated set has no published statistics.
-    """
-
-    def initialize_from_bucket(self) -> None:
-        """Does nothing."""
-
-
 class Digits(tfds.core.GeneratorBasedBuilder):
     """Features: image, uint8 [8, 8, 1] with values 0..16 (`pixel_max` in the metadata); label, 0..9.
 
@@ -43,7 +34,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     RELEASE_NOTES = {"1.0.0": "First release."}  # noqa: RUF012, the base class declares it so
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return _GeneratedInfo(
+        return GeneratedInfo(
             builder=self,
             description=_DESCRIPTION,
             homepage="https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits",

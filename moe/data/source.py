@@ -16,9 +16,10 @@ from jaxtyping import Float32, Int, Int32
 from tensorflow_datasets.core import read_only_builder
 
 from moe.data.digits import Digits
+from moe.data.stdlib import Stdlib
 
 # Sets that this package can write by itself; any other has to be prepared before with tfds's own tools.
-BUILDERS: Mapping[str, type[tfds.core.GeneratorBasedBuilder]] = {"digits": Digits}
+BUILDERS: Mapping[str, type[tfds.core.GeneratorBasedBuilder]] = {"digits": Digits, "stdlib": Stdlib}
 
 
 def resolve_data_dir(data_dir: str = "") -> str:

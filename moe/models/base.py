@@ -21,8 +21,8 @@ class ModelConfig(BlocksConfig):
     task: ClassVar[str]
     scored: ClassVar[tuple[str, ...]]
 
-    def train_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """What a training batch holds."""
+    def train_batch(self, batch_size: int, data: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        """What a training batch holds; `data` is the config's."""
         raise NotImplementedError
 
 

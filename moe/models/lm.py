@@ -1,6 +1,7 @@
 """Decoder language model with mixture-of-experts blocks, as Mixtral (arXiv 2401.04088) and OLMoE (2409.02060) are."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from moe.routers.base import Router
 class LmConfig(ModelConfig):
     """The blocks, and what stands around them.
 
-    vocab_size: V. length: tokens of a training sequence, and the most that the model reads.
+    vocab_size: V. length: tokens that the model reads at most.
     kv_heads: of keys and values; 0: as many as heads. head_width: 0: width / heads.
     window: tokens that a token sees, itself included; 0: all before it. attention_cap: bound of the scores; 0: none.
     rope_theta, rope_scaling: rotary positions, see `moe.ops.rope`. qk_norm, attention_bias: see `AttentionConfig`.
@@ -40,7 +41,7 @@ class LmConfig(ModelConfig):
     scored = ("tokens", "targets", "segment", "position", "mask")
 
     activation: Activation = "swiglu"
-    vocab_size: int = 256
+    vocab_size: int = 257
     length: int = 256
     kv_heads: int = 0
     head_width: int = 0
@@ -95,13 +96,13 @@ class LmConfig(ModelConfig):
         """See `BlocksConfig`."""
         return self.norm_eps
 
-    def train_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """What a training batch holds, each [B, L].
+    def train_batch(self, batch_size: int, data: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        """What a training batch holds, each [B, L], L being `data.length`.
 
         tokens; targets, the tokens that follow; segment, the number of a token's document in its row from 1 on, or 0
         for padding; position in the document; loss_mask, False for targets that don't count.
         """
-        shape = (batch_size, self.length)
+        shape = (batch_size, data.length)
         integers = ("tokens", "targets", "segment", "position")
         batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in integers}
         return batch | {"loss_mask": jax.ShapeDtypeStruct(shape, jnp.bool_)}

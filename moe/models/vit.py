@@ -1,7 +1,7 @@
 """Vision transformer with mixture-of-experts blocks (V-MoE, Riquelme et al. 2021, arXiv 2106.05974)."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ class ViTConfig(ModelConfig):
         if self.representation_width < 0:
             raise ValueError(f"model.representation_width = {self.representation_width} must not be negative.")
 
-    def train_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    def train_batch(self, batch_size: int, data: Any) -> dict[str, jax.ShapeDtypeStruct]:
         """What a training batch holds."""
         return {
             "image": jax.ShapeDtypeStruct((batch_size, *self.image_size), jnp.float32),

@@ -83,7 +83,7 @@ def test_data_dir_is_the_given_one_then_the_environments_then_data(monkeypatch):
 @pytest.mark.parametrize("name", ["digit", "imagenet2012"])
 def test_a_set_that_is_not_there_is_named_with_the_remedy(tmp_path, name):
     with pytest.raises(
-        ValueError, match=rf"'{name}' is neither built in \(digits\) nor .* `tfds build {name} --data_dir="
+        ValueError, match=rf"'{name}' is neither built in \(digits, stdlib\) nor .* `tfds build {name} --data_dir="
     ):
         source.open_builder(name, str(tmp_path))
 

@@ -11,6 +11,7 @@ import pytest
 
 import train
 from moe.config import Config
+from moe.data.text import TextConfig
 from moe.evaluation.language import evaluate
 from moe.models import Objective, make_model
 from moe.optim import OptimizerConfig
@@ -31,6 +32,7 @@ CONFIG = Config(
     router=Softmax(k=2, balance_weight=0.01, z_weight=0.01),
     optimizer=OptimizerConfig(warmup_steps=1),
     mesh=MeshConfig(data=1),
+    data=TextConfig(length=LENGTH),
 )
 
 
