@@ -127,10 +127,12 @@ def measure(shape: Shape, compiled: jax.stages.Compiled, groups: int, dump: Path
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
     drawn = uniform_visits(shape, groups)
     most = tpu_program.most_visits(shape.tokens * shape.k // 16, groups, BLOCK)
-    schedules = {file.name.split("-")[1]: file for file in dump.glob("*-*-final_bundles.txt")}
+    files = {file.name.split("-")[1]: file for file in dump.glob("*-*-final_bundles.txt")}
+    kernels = tpu_program.kernels(hlo)
+    schedules = {kernel.module: files[kernel.name] for kernel in kernels if kernel.name in files}
     cycles = sum(
-        schedule_cycles(schedules[kernel.name].read_text()) * kernel.steps * (drawn(kernel) if kernel.dynamic else 1)
-        for kernel in tpu_program.kernels(hlo)
+        schedule_cycles(schedules[kernel.module].read_text()) * kernel.steps * (drawn(kernel) if kernel.dynamic else 1)
+        for kernel in kernels
     )
     active = shape.active_flops(16)
     figures = {
