@@ -183,7 +183,13 @@ def test_scan_and_remat_change_nothing(scan_layers: bool, remat: str) -> None:
     assert_same(actual["metrics"], reference("softmax")["metrics"])
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize(
+    "router",
+    [
+        name if name in (*MAIN_ROUTERS, *WITH_STATE) else pytest.param(name, marks=pytest.mark.nightly)
+        for name in ROUTERS
+    ],
+)
 def test_accumulation_changes_nothing_when_groups_lie_within_micro_batches(router: str) -> None:
     """Unrolled and rematerialised, so that these are seen with every router."""
     model = dataclasses.replace(MODEL, scan_layers=False, remat="full")
