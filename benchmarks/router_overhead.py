@@ -75,7 +75,10 @@ def _k(kind: type[Router]) -> dict[str, int]:
 
 def programs(router: Router, groups: int) -> dict[str, Any]:
     """Compiled calls: gate and router, and the whole layer."""
-    config = MoeConfig(num_experts=EXPERTS, expert_width=HIDDEN, group_size=EXAMPLES // groups, capacity_factor=1.05)
+    size = EXAMPLES // groups
+    config = MoeConfig(
+        num_experts=EXPERTS, expert_width=HIDDEN, group_size=size, dispatch="capacity", capacity_factor=1.05
+    )
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     moe = Moe(WIDTH, config, router, "swiglu", key=jax.random.key(1))
     graph, variables, adapted = nnx.split(moe, nnx.Param, nnx.Variable)

@@ -8,7 +8,7 @@ the figures are read from what it makes; nothing is timed. 65 536 tokens in 16 g
 K = 2, SwiGLU, activations in bfloat16, matrices in float32; a mesh of data x expert. Routing itself isn't in it.
 
 FLOPs: over those of 3 products of every choice with each matrix; kernels as `tpu_program.flops` counts them, for
-choices drawn uniformly (and, in brackets, for the most that as many rows as a device has can take). Memory and bytes
+choices drawn uniformly; and at most, however as many rows as a device has fall to its experts. Memory and bytes
 are per device, bytes those of the collectives' results. Cycles: what the compiler estimates for fusions; and the
 kernels' bundles times their grids, halved where two cores share a chip. Neither has sorts, collectives, and the time
 that a kernel waits for memory.
@@ -127,10 +127,12 @@ def measure(shape: Shape, compiled: jax.stages.Compiled, groups: int, dump: Path
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
     drawn = uniform_visits(shape, groups)
     most = tpu_program.most_visits(shape.tokens * shape.k // 16, groups, BLOCK)
-    schedules = {file.name.split("-")[1]: file for file in dump.glob("*-*-final_bundles.txt")}
+    files = {file.name.split("-")[1]: file for file in dump.glob("*-*-final_bundles.txt")}
+    kernels = tpu_program.kernels(hlo)
+    schedules = {kernel.module: files[kernel.name] for kernel in kernels if kernel.name in files}
     cycles = sum(
-        schedule_cycles(schedules[kernel.name].read_text()) * kernel.steps * (drawn(kernel) if kernel.dynamic else 1)
-        for kernel in tpu_program.kernels(hlo)
+        schedule_cycles(schedules[kernel.module].read_text()) * kernel.steps * (drawn(kernel) if kernel.dynamic else 1)
+        for kernel in kernels
     )
     active = shape.active_flops(16)
     figures = {
@@ -185,6 +187,11 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def unit(figure: str) -> str:
+    """The last word of a figure's name, where that is a unit."""
+    return figure.split()[-1] if figure.endswith(("MB", "Mcycles")) else ""
+
+
 def main() -> None:
     """Parse the command line, compile, print, and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -206,9 +213,7 @@ def main() -> None:
     print(table(found))
     if options.json:
         rows = [
-            common.Row(
-                name=one["name"], case=f"{one['case']}, {figure}", value=value, unit=figure.split()[-1], ratio=None
-            )
+            common.Row(name=one["name"], case=f"{one['case']}, {figure}", value=value, unit=unit(figure), ratio=None)
             for one in found
             for figure, value in one.items()
             if figure not in ("name", "case")

@@ -36,7 +36,7 @@ class Kernel(NamedTuple):
     step_flops: 2 x the multiplications of one grid step, of its dearest branches. steps: product of the grid's known
     dimensions. dynamic: whether another one is known only at run time (megablox: how many tiles of rows are visited).
     rows: of a tile of its first operand. listed: entries in megablox's list of visits, tiles + groups - 1, which the
-    dynamic dimension can't exceed.
+    dynamic dimension can't exceed. module: its text, the same for kernels that the compiler schedules but once.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Kernel(NamedTuple):
     dynamic: bool
     rows: int
     listed: int
+    module: str
 
 
 Visits = Callable[[Kernel], float]
@@ -194,6 +195,7 @@ def read_kernel(instruction: Instruction) -> Kernel:
         _DYNAMIC in grid,
         int(re.search(r"window_bounds = array<i64: (\d+)", attributes["window_params"])[1]),
         max(lists, default=1),
+        str(module),
     )
 
 

@@ -57,7 +57,7 @@ def run(config: LmConfig, prompts: list[list[int]], mesh: jax.sharding.Mesh = ON
     return np.stack(list(steps), axis=1)
 
 
-@pytest.mark.parametrize("name", ["plain", "odd"])
+@pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.nightly), "odd"])
 def test_greedy_decoding_with_the_cache_is_that_without(name: str) -> None:
     """Prompts of different lengths together; the odd model sees three tokens, and has dense blocks first."""
     config = dataclasses.replace({"plain": PLAIN, "odd": ODD}[name], length=LENGTH)

@@ -81,7 +81,7 @@ def test_visits_are_those_of_megablox() -> None:
             visit_empty_groups=False,
         )
         assert tpu_program.visited(sizes.tolist(), tile) == visits
-        kernel = tpu_program.Kernel("gmm", 0.0, 1, True, tile, 0)
+        kernel = tpu_program.Kernel("gmm", 0.0, 1, True, tile, 0, "")
         assert visits <= tpu_program.most_visits(60, groups, block)(kernel)
         aligned = kernel._replace(rows=block)
         assert tpu_program.visited(sizes.tolist(), block) <= tpu_program.most_visits(60, groups, block)(aligned)

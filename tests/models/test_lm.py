@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe import config as config_lib
 from moe.models import LmConfig, Objective, make_model
 from moe.ops.rope import Yarn
 from moe.routers import ROUTERS
@@ -79,7 +81,9 @@ def run(name: str) -> Any:
     return jax.jit(jax.grad(both, has_aux=True), compiler_options=COMPILER_OPTIONS)(variables.params)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.nightly if name in ("plain", "yarn") else ()) for name in CONFIGS]
+)
 def test_logits_are_the_oracle_s(name: str) -> None:
     config = CONFIGS[name]
     _, (_, logits) = run(name)
@@ -194,3 +198,11 @@ def test_the_dense_twin_has_no_router_and_no_head_where_it_is_tied() -> None:
     assert "head" not in params
     assert params["embedding"].shape == (VOCABULARY, 8)
     assert set(params["blocks"]["periods"]["blocks"][0]["f"]) == {"weights"}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_the_config_of_the_standard_library_takes_every_router(name: str) -> None:
+    table = config_lib.load_file(str(Path(__file__).parents[2] / "configs" / "stdlib_lm.py"))
+    config_lib.override(table, [f"router.name={name}"])
+    config = config_lib.resolve(table)
+    assert (config.model.task, type(config.router)) == ("text", ROUTERS[name])

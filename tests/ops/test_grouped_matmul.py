@@ -104,18 +104,22 @@ def test_mistakes_are_named() -> None:
 # Cost -----------------------------------------------------------------------------------------------------------------
 
 
-def flops_of(implementation: str | None, rows: int, choose: Any = max, num_experts: int = 8, width: int = 64) -> float:
+def flops_of(implementation: str | None, rows: int, choose: Any = max, width: int = 64) -> float:
     """Of value and gradients, as compiled, over 3 products of the rows with one matrix each.
 
     choose: what a conditional counts as, given the counts of its branches.
     """
+    return compiled_flops(program(implementation, rows, width), choose) / (3 * 2 * rows * width * 2 * width)
+
+
+@functools.cache
+def program(implementation: str | None, rows: int, width: int, num_experts: int = 8) -> str:
     x = jax.ShapeDtypeStruct((rows, width), jnp.float32)
     w = jax.ShapeDtypeStruct((num_experts, width, 2 * width), jnp.float32)
     sizes_E = jax.ShapeDtypeStruct((num_experts,), jnp.int32)
     product = functools.partial(grouped_matmul, implementation=implementation)
     step = jax.value_and_grad(lambda x, w, sizes_E: jnp.sum(jnp.sin(product(x, w, sizes_E))), argnums=(0, 1))
-    compiled = jax.jit(step).lower(x, w, sizes_E).compile()
-    return compiled_flops(compiled.as_text(), choose) / (3 * 2 * rows * width * 2 * width)
+    return jax.jit(step).lower(x, w, sizes_E).compile().as_text()
 
 
 def test_compiled_flops_are_those_of_the_rows_and_a_block_per_expert() -> None:
