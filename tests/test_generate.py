@@ -21,6 +21,9 @@ from moe.parallel.mesh import MeshConfig, make_mesh
 from moe.workdir import load_model
 from tests.models.helpers import MOE, ODD, ONE_DEVICE, PLAIN, ROUTER, VOCABULARY, make_variables
 from tests.routers.helpers import COMPILER_OPTIONS
+from tests.test_step import compile_fast
+
+__all__ = ["compile_fast"]
 
 LENGTH, NEW = 16, 7
 PROMPTS = [[3], [5, 1, 4, 1, 5, 9], [2, 7, 1]]

@@ -1,6 +1,7 @@
 """A small language model with every setting off its default, and a batch of packed documents."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -43,6 +44,7 @@ ROUTER = Softmax(k=2, noise=0.0, importance_weight=0.0, load_weight=0.0)
 ONE_DEVICE = make_mesh(MeshConfig(), jax.devices()[:1])
 
 
+@functools.cache
 def make_variables(config: LmConfig, seed: int = 0) -> Variables:
     """Fresh variables, with scales and biases drawn as well."""
     variables = make_model(config, MOE, ROUTER).init(jax.random.key(seed))

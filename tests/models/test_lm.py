@@ -145,7 +145,8 @@ def test_scores_are_those_of_the_loss() -> None:
 
 
 def test_bf16_activations_keep_f32_parameters_and_logits() -> None:
-    config = dataclasses.replace(PLAIN, dtype="bfloat16")
+    """Of a dense model, since a token near a tie may get another expert."""
+    config = dataclasses.replace(OLMOE, dtype="bfloat16")
     model, variables = make_model(config, MOE, ROUTER), make_variables(config)
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(variables.params))
     call = jax.jit(
@@ -154,9 +155,9 @@ def test_bf16_activations_keep_f32_parameters_and_logits() -> None:
     )
     logits = call(make_batch()["tokens"])
     assert logits.dtype == jnp.float32
-    # Where rounding turns a choice of experts, a token's logits are others.
-    off_BLV = np.abs(np.asarray(logits) - run("plain")[1][1])
-    assert np.mean(off_BLV > 0.15) < 0.01
+    error = np.abs(logits - run("olmoe")[1][1])
+    assert error.mean() < 0.02
+    assert error.max() < 0.3
 
 
 @pytest.mark.parametrize(
