@@ -131,9 +131,7 @@ def _parse_model(table: Mapping[str, Any], one: Architecture) -> LmConfig:
         _lacks("num_key_value_heads")
     head_width = table.get("head_dim") or width // heads
     if one.qk_norm == "all" and head_width * heads != width:
-        raise ValueError(
-            f"config.json has head_dim = {head_width}: {heads} heads must fill the {width} of hidden_size."
-        )
+        raise ValueError(f"config.json has head_dim = {head_width}: {heads} heads must fill hidden_size = {width}.")
     dense_layers, moe_every = _layers(table, depth) if one.dense else (0, 1)
     theta, scaling = _rope(table, one)
     stored = table.get("dtype") or table.get("torch_dtype")
