@@ -25,6 +25,7 @@ from moe.data.tokenizer import TokenizerConfig
 from moe.models import LmConfig, make_model
 from moe.optim import OptimizerConfig
 from moe.parallel.mesh import MeshConfig
+from moe.routers import Softmax
 from moe.workdir import read_config
 
 # What a workdir keeps of the model it came from: its config, and files that aren't weights.
@@ -62,7 +63,7 @@ def from_hf(folder: Path, workdir: Path) -> None:
         types = {name: tensors.specs[name].dtype for leaf in leaves for piece in leaf.pieces for name in piece.names}
         (source / _TYPES).write_text(json.dumps(types, indent=0) + "\n")
         has_tokenizer = (folder / "tokenizer.json").is_file()
-        tokenizer = TokenizerConfig("huggingface", str(workdir / SOURCE / "tokenizer.json")) if has_tokenizer else None
+        tokenizer = TokenizerConfig("huggingface", str(workdir.absolute() / SOURCE / "tokenizer.json")) if has_tokenizer else None
         (made / "config.json").write_text(config_lib.to_json(make_table(settings, tokenizer)))
         model = make_model(settings.model, settings.moe, settings.router)
         router_state = jax.eval_shape(model.init, jax.random.key(0)).router_state
@@ -84,6 +85,8 @@ def to_hf(workdir: Path, folder: Path, step: int | None = None, shard_bytes: int
     types = read_json(source / _TYPES) if original else {}
     if not isinstance(config.model, LmConfig):
         raise ValueError(f"{workdir} holds a model of images, and only language models can be converted.")
+    if not isinstance(config.router, Softmax):
+        raise ValueError(f"{workdir} has the router {config_lib.name_of(config.router)}, and Hugging Face's formats only softmax.")
     settings = Settings(config.model, config.moe, config.router)
     table = generate(settings, original)
     leaves = make_leaves(settings, find_architecture(table))

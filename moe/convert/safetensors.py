@@ -167,7 +167,7 @@ def _read_header(path: Path) -> dict[str, _Place]:
         header = json.loads(text)
         header.pop("__metadata__", None)
         return {name: _read_entry(path, name, 8 + length, size, **entry) for name, entry in header.items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, IndexError):
         raise ValueError(f"{path} has a damaged header: download it again.") from None
 
 
@@ -181,7 +181,7 @@ def _read_entry(
             "unquantised model."
         )
     spec = Spec(dtype, tuple(shape))
-    begin, end = (first + offset for offset in data_offsets)
+    begin, end = first + data_offsets[0], first + data_offsets[1]
     if not (min(shape, default=0) >= 0 and first <= begin and end - begin == spec.nbytes and end <= size):
         raise ValueError(
             f"{path} is truncated or damaged, download it again: {name} lies at bytes {begin} to {end} of {size}."

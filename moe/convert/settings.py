@@ -9,7 +9,7 @@ from moe.layers.attention import QkNorm
 from moe.layers.moe import MoeConfig
 from moe.models import LmConfig
 from moe.ops.rope import Linear, Llama3, RopeScaling, Unscaled, Yarn
-from moe.routers import Router, Softmax
+from moe.routers import Softmax
 
 
 class Architecture(NamedTuple):
@@ -84,7 +84,7 @@ class Settings(NamedTuple):
 
     model: LmConfig
     moe: MoeConfig
-    router: Router
+    router: Softmax
 
 
 def find_architecture(table: Mapping[str, Any]) -> Architecture:
@@ -200,10 +200,9 @@ def _fields(one: Architecture, settings: Settings) -> Iterator[tuple[str, Any]]:
         one.experts: moe.num_experts,
         one.expert_width: moe.expert_width,
         "num_experts_per_tok": router.k,
+        "norm_topk_prob": router.renormalize,
+        "router_aux_loss_coef": router.balance_weight,
     }.items()
-    if isinstance(router, Softmax):
-        yield "norm_topk_prob", router.renormalize
-        yield "router_aux_loss_coef", router.balance_weight
     if one.windows:
         yield "sliding_window", model.window or None
         yield "use_sliding_window", model.window > 0
@@ -300,7 +299,7 @@ def _rope_fields(scaling: RopeScaling) -> dict[str, Any] | None:
 def _difference(one: Settings, other: Settings) -> str:
     """The first setting that changes what the model computes, as "name = value in `other`", or ""."""
     theirs = _meaning(other)
-    return next((f"{name} = {theirs[name]!r}" for name, value in _meaning(one).items() if value != theirs[name]), "")
+    return next((f"{name} = {theirs[name]!r}" for name, value in _meaning(one).items() if value != theirs.get(name, value)), "")
 
 
 def _meaning(settings: Settings) -> dict[str, Any]:
@@ -310,13 +309,13 @@ def _meaning(settings: Settings) -> dict[str, Any]:
     for name in ("scan_layers", "remat", "dtype", "loss_chunk", "z_weight"):
         del fields[f"model.{name}"]
     fields["model.kv_heads"], fields["model.head_width"] = model.attention.kv_heads, model.attention.head_width
-    if model.dense_layers == 0 and model.moe_every == 1:
-        fields["model.mlp_width"] = 0
+    del fields["model.mlp_width"]
+    if not all(has_experts(model, layer) for layer in range(model.depth)):
+        fields["model.mlp_width"] = model.mlp_width
     for name in ("num_experts", "expert_width", "shared_experts", "shared_gate"):
         fields[f"moe.{name}"] = getattr(moe, name)
-    fields["router"] = type(router).__name__
     for name in ("k", "renormalize", "expert_groups", "groups_per_token"):
-        fields[f"router.{name}"] = getattr(router, name, None)
+        fields[f"router.{name}"] = getattr(router, name)
     return fields
 
 

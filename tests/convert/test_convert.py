@@ -17,6 +17,7 @@ from moe.convert import from_hf, to_hf
 from moe.convert.logits import write_logits
 from moe.convert.safetensors import Spec, Tensors, write_shards
 from moe.convert.store import Streamed, save_parameters
+from moe.models import Variables
 from moe.workdir import load_model
 
 STORED = Path(__file__).parent / "stored"
@@ -114,7 +115,7 @@ def test_parts_are_made_when_they_are_written(tmp_path: Path) -> None:
 
     params = {name: Streamed((count, width, width), np.dtype(np.float32), 1, parts) for name in "abcd"}
     save_parameters(
-        tmp_path / "warm", {"x": Streamed((1,), np.dtype(np.float32), 0, lambda: iter([((), np.ones(1))]))}, {}
+        tmp_path / "warm", {"x": Streamed((1,), np.dtype(np.float32), 0, lambda: iter([((), np.ones(1, np.float32))]))}, {}
     )
     tracemalloc.start()
     save_parameters(tmp_path / "checkpoints", params, {})
@@ -128,8 +129,8 @@ def test_parts_are_made_when_they_are_written(tmp_path: Path) -> None:
         ),
         abstract,
     )
-    restored = Checkpoints(tmp_path / "checkpoints").restore_variables(0, abstract)
-    assert np.array_equal(restored["d"][:, 3, 5], np.arange(count))
+    restored = Checkpoints(tmp_path / "checkpoints").restore_variables(0, Variables(abstract, {}))
+    assert np.array_equal(restored.params["d"][:, 3, 5], np.arange(count))
 
 
 def missing(arrays: dict[str, np.ndarray]) -> None:

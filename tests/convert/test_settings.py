@@ -11,7 +11,7 @@ from moe.convert.settings import Settings, generate, has_experts, parse
 from moe.layers.moe import MoeConfig
 from moe.models import LmConfig
 from moe.ops.rope import Linear, Llama3, Unscaled, Yarn
-from moe.routers import Sigmoid, Softmax
+from moe.routers import Softmax
 
 STORED = Path(__file__).parent / "stored"
 
@@ -190,7 +190,6 @@ ROUTER = Softmax(noise=0.0, load_weight=0.0, renormalize=True)
         ({"qk_norm": "head", "attention_bias": "qkv"}, {}, ROUTER, r"Qwen3MoeForCausalLM has no model.attention_bias"),
         ({}, {"shared_experts": 1}, ROUTER, r"no moe.shared_experts = 1"),
         ({}, {}, Softmax(noise=0.0, load_weight=0.0), r"no router.renormalize = False"),
-        ({}, {}, Sigmoid(), "no router = 'Sigmoid'"),
     ],
 )
 def test_models_of_ours_that_the_format_lacks(model: dict, moe: dict, router: Any, words: str) -> None:
