@@ -63,7 +63,11 @@ def from_hf(folder: Path, workdir: Path) -> None:
         types = {name: tensors.specs[name].dtype for leaf in leaves for piece in leaf.pieces for name in piece.names}
         (source / _TYPES).write_text(json.dumps(types, indent=0) + "\n")
         has_tokenizer = (folder / "tokenizer.json").is_file()
-        tokenizer = TokenizerConfig("huggingface", str(workdir.absolute() / SOURCE / "tokenizer.json")) if has_tokenizer else None
+        tokenizer = (
+            TokenizerConfig("huggingface", str(workdir.absolute() / SOURCE / "tokenizer.json"))
+            if has_tokenizer
+            else None
+        )
         (made / "config.json").write_text(config_lib.to_json(make_table(settings, tokenizer)))
         model = make_model(settings.model, settings.moe, settings.router)
         router_state = jax.eval_shape(model.init, jax.random.key(0)).router_state
@@ -86,7 +90,9 @@ def to_hf(workdir: Path, folder: Path, step: int | None = None, shard_bytes: int
     if not isinstance(config.model, LmConfig):
         raise ValueError(f"{workdir} holds a model of images, and only language models can be converted.")
     if not isinstance(config.router, Softmax):
-        raise ValueError(f"{workdir} has the router {config_lib.name_of(config.router)}, and Hugging Face's formats only softmax.")
+        raise ValueError(
+            f"{workdir} has the router {config_lib.name_of(config.router)}, and Hugging Face's formats only softmax."
+        )
     settings = Settings(config.model, config.moe, config.router)
     table = generate(settings, original)
     leaves = make_leaves(settings, find_architecture(table))

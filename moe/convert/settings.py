@@ -299,7 +299,9 @@ def _rope_fields(scaling: RopeScaling) -> dict[str, Any] | None:
 def _difference(one: Settings, other: Settings) -> str:
     """The first setting that changes what the model computes, as "name = value in `other`", or ""."""
     theirs = _meaning(other)
-    return next((f"{name} = {theirs[name]!r}" for name, value in _meaning(one).items() if value != theirs.get(name, value)), "")
+    return next(
+        (f"{name} = {theirs[name]!r}" for name, value in _meaning(one).items() if value != theirs.get(name, value)), ""
+    )
 
 
 def _meaning(settings: Settings) -> dict[str, Any]:

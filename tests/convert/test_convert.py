@@ -115,7 +115,9 @@ def test_parts_are_made_when_they_are_written(tmp_path: Path) -> None:
 
     params = {name: Streamed((count, width, width), np.dtype(np.float32), 1, parts) for name in "abcd"}
     save_parameters(
-        tmp_path / "warm", {"x": Streamed((1,), np.dtype(np.float32), 0, lambda: iter([((), np.ones(1, np.float32))]))}, {}
+        tmp_path / "warm",
+        {"x": Streamed((1,), np.dtype(np.float32), 0, lambda: iter([((), np.ones(1, np.float32))]))},
+        {},
     )
     tracemalloc.start()
     save_parameters(tmp_path / "checkpoints", params, {})

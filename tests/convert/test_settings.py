@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -114,15 +115,15 @@ def test_blocks_without_experts(changes: dict[str, Any], expected: Any) -> None:
             {"rope_scaling": {"rope_type": "llama3", "factor": 4, "low_freq_factor": 2, "high_freq_factor": 3}},
             Llama3(4.0, 2.0, 3.0, 40960),
         ),
-        ({"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 8192}}, Yarn(5.0, 32, 1, 8192)),
+        ({"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 8192}}, Yarn(5.0, 32.0, 1.0, 8192)),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 4, "attention_factor": 1.5, "truncate": False}},
-            Yarn(4.0, 32, 1, 40960, False, 1.5),
+            Yarn(4.0, 32.0, 1.0, 40960, False, 1.5),
         ),
         # .1 · m · ln 4 + 1 for m = 2, over that for m = 1.
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 4, "mscale": 2.0, "mscale_all_dim": 1.0}},
-            Yarn(4.0, 32, 1, 40960, True, 1.277258872223978 / 1.138629436111989),
+            Yarn(4.0, 32.0, 1.0, 40960, True, (0.2 * math.log(4) + 1) / (0.1 * math.log(4) + 1)),
         ),
     ],
 )
