@@ -61,7 +61,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen_yarn_factor": (
         "Qwen3Moe",
         QWEN
-        | {"rope_parameters": YARN | {"attention_factor": 1.3, "beta_fast": 8.0, "beta_slow": 2.0, "truncate": False}},
+        | {
+            "rope_parameters": YARN
+            | {
+                "attention_factor": 1.3,
+                "beta_fast": 2.0,
+                "beta_slow": 0.7,
+                "original_max_position_embeddings": 24,
+                "truncate": False,
+            }
+        },
     ),
 }
 STORED_NAMES = ("mixtral", "olmoe", "qwen")
