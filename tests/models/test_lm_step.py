@@ -100,7 +100,8 @@ def test_the_loss_is_the_mean_over_targets_plus_the_routers_losses() -> None:
 
 def test_a_batch_without_a_target_has_no_gradient_and_no_nan() -> None:
     model = make_model(PLAIN, MOE, CONFIG.router)
-    variables, batch = model.init(jax.random.key(0)), {**make_batch(), "loss_mask": np.zeros((BATCH, LENGTH), bool)}
+    variables = model.init(jax.random.key(0))
+    batch = jax.tree.map(jnp.asarray, {**make_batch(), "loss_mask": np.zeros((BATCH, LENGTH), bool)})
 
     def loss(params: Any) -> jax.Array:
         output = model.loss(variables._replace(params=params), batch, keys=None, mesh=ONE_DEVICE, objective=Objective())
