@@ -33,12 +33,12 @@ def evaluate_checkpoint(config: Config, workdir: Path, wanted: int | None) -> di
         hosts = (jax.process_index(), jax.process_count())
         batches = task.make_eval_batches(config.data, config.data.test_split, config.batch_size, *hosts)
         step = make_step(config, mesh)
-    state, _ = checkpoints.restore(chosen, step.abstract_state)
-    measures = task.evaluate(step.predict, state.variables, batches)
+    variables = checkpoints.restore_variables(chosen, step.abstract_state.variables)
+    measures = task.evaluate(step.predict, variables, batches)
     return {
         "step": chosen,
         **flatten(measures, "test"),
-        "params/sha256": params_sha256(state.variables.params),
+        "params/sha256": params_sha256(variables.params),
     }
 
 

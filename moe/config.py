@@ -121,6 +121,12 @@ def override(config: ml_collections.ConfigDict, assignments: Iterable[str]) -> N
             table[name] = _parse(text, _field(table, name, path), path)
 
 
+def name_of(choice: Any) -> str:
+    """The name by which a config chooses an object of this class, or "" if it isn't one of several."""
+    names = (name for options in CHOICES.values() for name, kind in options.items() if kind is type(choice))
+    return next(names, "")
+
+
 def _field(table: ml_collections.ConfigDict, name: str, path: str) -> Any:
     if name not in table:
         raise ValueError(_unknown(path, name, list(table)))

@@ -17,7 +17,7 @@ ORDER = [
     ["moe.tasks"],
     ["moe.config"],
     ["moe.workdir", "moe.cli"],
-    ["moe.generate"],
+    ["moe.generate", "moe.convert"],
     ["train"],
     ["evaluate"],
 ]

@@ -1,0 +1,329 @@
+"""What a Hugging Face config.json says, in our settings, and back."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from moe.layers.attention import QkNorm
+from moe.layers.moe import MoeConfig
+from moe.models import LmConfig
+from moe.ops.rope import Linear, Llama3, RopeScaling, Unscaled, Yarn
+from moe.routers import Softmax
+
+
+class Architecture(NamedTuple):
+    """How one family names its settings and tensors.
+
+    experts, expert_width: fields of config.json. block: the module that holds gate and experts. expert: the matrices of
+    an expert, ours → theirs. qk_norm: what its attention does. windows, biases, dense: whether some of its models have
+    sliding windows, attention biases, blocks without experts.
+    """
+
+    class_name: str
+    model_type: str
+    experts: str
+    expert_width: str
+    block: str
+    expert: Mapping[str, str]
+    qk_norm: QkNorm
+    norm_eps: float
+    rope_theta: float
+    windows: bool = False
+    biases: bool = False
+    dense: bool = False
+
+
+PROJECTIONS = {"w_gate": "gate_proj", "w_in": "up_proj", "w_out": "down_proj"}
+# Versions of transformers differ in which of these they write for one architecture.
+_EXPERTS = ("num_experts", "num_local_experts")
+ARCHITECTURES = (
+    Architecture(
+        "MixtralForCausalLM",
+        "mixtral",
+        "num_local_experts",
+        "intermediate_size",
+        "block_sparse_moe",
+        {"w_gate": "w1", "w_in": "w3", "w_out": "w2"},
+        "none",
+        1e-5,
+        1e6,
+        windows=True,
+    ),
+    Architecture(
+        "OlmoeForCausalLM",
+        "olmoe",
+        "num_experts",
+        "intermediate_size",
+        "mlp",
+        PROJECTIONS,
+        "all",
+        1e-5,
+        1e4,
+        biases=True,
+    ),
+    Architecture(
+        "Qwen3MoeForCausalLM",
+        "qwen3_moe",
+        "num_experts",
+        "moe_intermediate_size",
+        "mlp",
+        PROJECTIONS,
+        "head",
+        1e-6,
+        1e4,
+        windows=True,
+        biases=True,
+        dense=True,
+    ),
+)
+
+
+class Settings(NamedTuple):
+    """The tables of our config that say what the arrays mean."""
+
+    model: LmConfig
+    moe: MoeConfig
+    router: Softmax
+
+
+def find_architecture(table: Mapping[str, Any]) -> Architecture:
+    """The architecture that a config.json names. Raises ValueError for one that isn't supported."""
+    names = table.get("architectures") or []
+    for one in ARCHITECTURES:
+        if one.class_name in names or (not names and table.get("model_type") == one.model_type):
+            return one
+    said = ", ".join(map(str, names)) or table.get("model_type") or "none"
+    raise ValueError(
+        f"the architecture {said} can't be converted: {', '.join(one.class_name for one in ARCHITECTURES)} can."
+    )
+
+
+def parse(table: Mapping[str, Any]) -> Settings:
+    """Our settings for a config.json.
+
+    Raises ValueError where it lacks something, or asks for what our model doesn't do.
+    """
+    one = find_architecture(table)
+    for name, wanted in (("hidden_act", "silu"), ("clip_qkv", None), ("quantization_config", None)):
+        if table.get(name, wanted) != wanted:
+            raise ValueError(f"config.json has {name} = {table[name]!r}: only {wanted!r} can be converted.")
+    num_experts = next((table[name] for name in _EXPERTS if table.get(name)), None) or _lacks(one.experts)
+    moe = MoeConfig(
+        num_experts=num_experts, expert_width=_need(table, one.expert_width), group_size=1, dispatch="dropless"
+    )
+    router = Softmax(
+        k=_need(table, "num_experts_per_tok"),
+        renormalize=one.model_type == "mixtral" or bool(table.get("norm_topk_prob", False)),
+        jitter=float(table.get("router_jitter_noise", 0.0)),
+        balance_weight=float(table.get("router_aux_loss_coef", 0.0)),
+        noise=0.0,
+        importance_weight=0.0,
+        load_weight=0.0,
+    )
+    router.init(num_experts)
+    return Settings(_parse_model(table, one), moe, router)
+
+
+def _parse_model(table: Mapping[str, Any], one: Architecture) -> LmConfig:
+    width, heads, depth = (_need(table, name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    if "num_key_value_heads" not in table:
+        _lacks("num_key_value_heads")
+    head_width = table.get("head_dim") or width // heads
+    if one.qk_norm == "all" and head_width * heads != width:
+        raise ValueError(f"config.json has head_dim = {head_width}: {heads} heads must fill hidden_size = {width}.")
+    dense_layers, moe_every = _layers(table, depth) if one.dense else (0, 1)
+    theta, scaling = _rope(table, one)
+    stored = table.get("dtype") or table.get("torch_dtype")
+    return LmConfig(
+        vocab_size=_need(table, "vocab_size"),
+        length=_need(table, "max_position_embeddings"),
+        width=width,
+        depth=depth,
+        heads=heads,
+        kv_heads=table["num_key_value_heads"] or heads,
+        head_width=head_width,
+        mlp_width=_need(table, "intermediate_size"),
+        moe_every=moe_every,
+        dense_layers=dense_layers,
+        window=_window(table, one),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        qk_norm=one.qk_norm,
+        attention_bias="all" if one.biases and table.get("attention_bias") else "none",
+        norm_eps=float(table.get("rms_norm_eps", one.norm_eps)),
+        tied_head=bool(table.get("tie_word_embeddings", False)),
+        dtype="bfloat16" if stored == "bfloat16" else "float32",
+    )
+
+
+def generate(settings: Settings, original: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a model: `original`, the one it came with or {}, as far as it still says the same.
+
+    Raises ValueError for a model that no supported architecture is.
+    """
+    if original and not _difference(parse(original), settings):
+        return dict(original)
+    one = find_architecture(original) if original else _similar(settings)
+    # Said in other words below.
+    replaced = ("rope_parameters", "torch_dtype", *_EXPERTS)
+    kept = {name: value for name, value in original.items() if name not in replaced}
+    table = kept | dict(_fields(one, settings))
+    if difference := _difference(parse(table), settings):
+        raise ValueError(f"{one.class_name} has no {difference}: Hugging Face's format can't hold this model.")
+    return table
+
+
+def _similar(settings: Settings) -> Architecture:
+    return next(one for one in ARCHITECTURES if one.qk_norm == settings.model.qk_norm)
+
+
+def _fields(one: Architecture, settings: Settings) -> Iterator[tuple[str, Any]]:
+    model, moe, router = settings
+    attention = model.attention
+    yield from {
+        "architectures": [one.class_name],
+        "model_type": one.model_type,
+        "hidden_act": "silu",
+        "dtype": model.dtype,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.length,
+        "hidden_size": model.width,
+        "num_hidden_layers": model.depth,
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.kv_heads,
+        "head_dim": attention.head_width,
+        "rms_norm_eps": model.norm_eps,
+        "tie_word_embeddings": model.tied_head,
+        "rope_theta": model.rope_theta,
+        "rope_scaling": _rope_fields(model.rope_scaling),
+        one.experts: moe.num_experts,
+        one.expert_width: moe.expert_width,
+        "num_experts_per_tok": router.k,
+        "norm_topk_prob": router.renormalize,
+        "router_aux_loss_coef": router.balance_weight,
+    }.items()
+    if one.windows:
+        yield "sliding_window", model.window or None
+        yield "use_sliding_window", model.window > 0
+    if one.biases:
+        yield "attention_bias", model.attention_bias == "all"
+    if one.dense:
+        yield "intermediate_size", model.mlp_width
+        yield "decoder_sparse_step", 1
+        yield "mlp_only_layers", [i for i in range(model.depth) if not has_experts(model, i)]
+
+
+def has_experts(model: LmConfig, layer: int) -> bool:
+    """Whether block number `layer` has experts instead of an MLP."""
+    later = layer - model.dense_layers
+    return bool(model.moe_every) and later >= 0 and later % model.moe_every == model.moe_every - 1
+
+
+def _layers(table: Mapping[str, Any], depth: int) -> tuple[int, int]:
+    """Our dense_layers and moe_every."""
+    dense, every = table.get("mlp_only_layers") or [], table.get("decoder_sparse_step", 1)
+    wanted = [i not in dense and (i + 1) % every == 0 for i in range(depth)]
+    if not any(wanted):
+        return 0, 0
+    for moe_every in range(1, depth + 1):
+        for dense_layers in range(depth):
+            periods, rest = divmod(depth - dense_layers, moe_every)
+            if not rest and [False] * dense_layers + ([False] * (moe_every - 1) + [True]) * periods == wanted:
+                return dense_layers, moe_every
+    raise ValueError(
+        f"config.json has mlp_only_layers = {dense} and decoder_sparse_step = {every}: blocks without experts can only "
+        "stand at the beginning, or at a regular distance from one another."
+    )
+
+
+def _window(table: Mapping[str, Any], one: Architecture) -> int:
+    # Qwen's files give a window even where it isn't used.
+    used = one.windows and (one.model_type == "mixtral" or table.get("use_sliding_window", False))
+    return (table.get("sliding_window") or 0) if used else 0
+
+
+def _rope(table: Mapping[str, Any], one: Architecture) -> tuple[float, RopeScaling]:
+    fields = table.get("rope_parameters") or table.get("rope_scaling") or {}
+    theta = float(fields.get("rope_theta") or table.get("rope_theta") or one.rope_theta)
+    kind = fields.get("rope_type") or fields.get("type") or "default"
+    partial = fields.get("partial_rotary_factor", table.get("partial_rotary_factor")) or 1.0
+    if kind not in ("default", "linear", "llama3", "yarn") or partial != 1:
+        raise ValueError(
+            f"config.json has rotary positions of type '{kind}' over {partial} of each head: default, linear, llama3 "
+            "and yarn over all of it can be converted."
+        )
+    if kind == "default":
+        return theta, Unscaled()
+    length = table["max_position_embeddings"]
+    original = table.get("original_max_position_embeddings") or fields.get("original_max_position_embeddings") or length
+    factor = float(fields.get("factor") or length / original)
+    if kind == "linear":
+        return theta, Linear(factor)
+    if kind == "llama3":
+        low, high = (float(_need(fields, f"{end}_freq_factor")) for end in ("low", "high"))
+        return theta, Llama3(factor, low, high, original)
+    scale, scale_all = fields.get("mscale"), fields.get("mscale_all_dim")
+    attention = float(fields.get("attention_factor") or 0.0)
+    if not attention and scale and scale_all:
+        attention = (0.1 * scale * math.log(factor) + 1) / (0.1 * scale_all * math.log(factor) + 1)
+    fast, slow = float(fields.get("beta_fast") or 32), float(fields.get("beta_slow") or 1)
+    return theta, Yarn(factor, fast, slow, original, bool(fields.get("truncate", True)), attention)
+
+
+def _rope_fields(scaling: RopeScaling) -> dict[str, Any] | None:
+    match scaling:
+        case Linear():
+            return {"rope_type": "linear", "factor": scaling.factor}
+        case Llama3():
+            return {
+                "rope_type": "llama3",
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low_turns,
+                "high_freq_factor": scaling.high_turns,
+                "original_max_position_embeddings": scaling.original_length,
+            }
+        case Yarn():
+            return {
+                "rope_type": "yarn",
+                "factor": scaling.factor,
+                "beta_fast": scaling.fast_turns,
+                "beta_slow": scaling.slow_turns,
+                "original_max_position_embeddings": scaling.original_length,
+                "truncate": scaling.truncate,
+                **({"attention_factor": scaling.attention} if scaling.attention else {}),
+            }
+    return None
+
+
+def _difference(one: Settings, other: Settings) -> str:
+    """The first setting that changes what the model computes, as "name = value in `other`", or ""."""
+    theirs = _meaning(other)
+    return next(
+        (f"{name} = {theirs[name]!r}" for name, value in _meaning(one).items() if value != theirs.get(name, value)), ""
+    )
+
+
+def _meaning(settings: Settings) -> dict[str, Any]:
+    """The settings that an evaluation depends on."""
+    model, moe, router = settings
+    fields = {f"model.{field.name}": getattr(model, field.name) for field in dataclasses.fields(model)}
+    for name in ("scan_layers", "remat", "dtype", "loss_chunk", "z_weight"):
+        del fields[f"model.{name}"]
+    fields["model.kv_heads"], fields["model.head_width"] = model.attention.kv_heads, model.attention.head_width
+    del fields["model.mlp_width"]
+    if not all(has_experts(model, layer) for layer in range(model.depth)):
+        fields["model.mlp_width"] = model.mlp_width
+    for name in ("num_experts", "expert_width", "shared_experts", "shared_gate"):
+        fields[f"moe.{name}"] = getattr(moe, name)
+    for name in ("k", "renormalize", "expert_groups", "groups_per_token"):
+        fields[f"router.{name}"] = getattr(router, name)
+    return fields
+
+
+def _need(table: Mapping[str, Any], name: str) -> Any:
+    return table[name] if table.get(name) is not None else _lacks(name)
+
+
+def _lacks(name: str) -> Any:
+    raise ValueError(f"config.json lacks {name}.")
