@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 # Makes libtpu compile where there is no TPU, also beside another process that does.
@@ -50,6 +50,7 @@ class Kernel(NamedTuple):
 
 Visits = Callable[[Kernel], float]
 Cost = Callable[[Instruction], float]
+Branch = Callable[[Iterable[float]], float]
 
 
 def listed_visits(kernel: Kernel) -> float:
@@ -84,8 +85,8 @@ def computations(hlo: str) -> dict[str, list[Instruction]]:
     return found
 
 
-def total(hlo: str, cost: Cost, *, inside_fusions: bool = True) -> float:
-    """Sum of the cost of every instruction times how often it runs; of a conditional, the dearest branch.
+def total(hlo: str, cost: Cost, *, inside_fusions: bool = True, branch: Branch = max) -> float:
+    """Sum of the cost of every instruction times how often it runs; of a conditional, the dearest or cheapest branch.
 
     Raises ValueError for a loop whose trip count isn't one constant in its condition.
     """
@@ -102,7 +103,7 @@ def total(hlo: str, cost: Cost, *, inside_fusions: bool = True) -> float:
         if each.operation == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", each.text)
             found = re.findall(r"(?:true|false)_computation=%([^,\s]+)", each.text)
-            return max(of(name) for name in found or re.findall(r"%([^,\s]+)", branches[1]))
+            return branch(of(name) for name in found or re.findall(r"%([^,\s]+)", branches[1]))
         if each.operation in ("call", "async-start") or (each.operation == "fusion" and inside_fusions):
             return of(names.get("calls") or names["to_apply"])
         return 0.0
@@ -120,12 +121,12 @@ def _trips(condition: list[Instruction], loop: str) -> int:
 # FLOPs ----------------------------------------------------------------------------------------------------------------
 
 
-def flops(hlo: str, visits: Visits = listed_visits) -> float:
+def flops(hlo: str, visits: Visits = listed_visits, branch: Branch = max) -> float:
     """2 x the multiplications of every convolution, dot, and product in a Pallas kernel.
 
     TPU programs write matrix products as convolutions, and a batch as a spatial dimension of which each output meets
     one entry. Integer ones, XLA's cumulative sums, count too. A kernel counts what its steps multiply, masked or not,
-    times its grid; `visits` says what its dynamic dimension is.
+    times its grid; `visits` says what its dynamic dimension is. branch: of conditionals, `max` or `min`.
     """
     shapes = {each.name: _sizes(each.text) for part in computations(hlo).values() for each in part}
 
@@ -141,7 +142,7 @@ def flops(hlo: str, visits: Visits = listed_visits) -> float:
             return kernel.step_flops * kernel.steps * (visits(kernel) if kernel.dynamic else 1)
         return 0.0
 
-    return total(hlo, cost)
+    return total(hlo, cost, branch=branch)
 
 
 def _sizes(text: str) -> list[int]:

@@ -55,6 +55,7 @@ def test_flops_are_counted_by_hand() -> None:
     """Of the dilated convolution, a batch of 3, only one pair for each output is in place."""
     batch, dot = 2 * 3 * 4 * 5 * 6, 2 * 2 * 2 * 3
     assert tpu_program.flops(HLO) == 7 * batch + 2 * dot
+    assert tpu_program.flops(HLO, branch=min) == 7 * batch + dot
 
 
 def test_bytes_and_cycles_are_counted_by_hand() -> None:

@@ -33,7 +33,7 @@ class MoeConfig:
         4; later choices are dropped. 0: nothing is.
     evaluation_capacity_factor: the same for evaluation, which drops nothing by default: at 0 it is always dropless.
     receive_factor: rows that a device of the expert axis makes room for at a time without queues, over an even share of
-        them; more than that take another round, none is dropped.
+        them; more than that take another round, none is dropped. As large as the expert axis: never more than one.
     balance_scope: over which tokens routers with a balance loss ask for balance: each sequence (example), each group,
         or the batch, that is all groups of a micro-batch, on whatever devices they are. Under gradient accumulation
         "batch" is the mean of its micro-batches' losses; the other two don't see it.
@@ -48,7 +48,7 @@ class MoeConfig:
     dispatch: Literal["auto", "einsum", "capacity", "dropless"] = "auto"
     capacity_factor: float = 1.05
     evaluation_capacity_factor: float = 0.0
-    receive_factor: float = 2.0
+    receive_factor: float = 4.0
     balance_scope: BalanceScope = "group"
     shared_experts: int = 0
     shared_gate: bool = False

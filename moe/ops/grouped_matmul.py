@@ -53,15 +53,15 @@ def grouped_matmul(
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation = {implementation!r} must be None or one of {', '.join(IMPLEMENTATIONS)}.")
     # In shard_map, what the rows' devices add to a matrix's gradient is summed where the matrix came to vary.
-    x_NX, w_EXY = _vary_alike(x_NX, w_EXY.astype(x_NX.dtype))
+    x_NX, w_EXY = _vary_alike(x_NX, w_EXY)
     if x_NX.shape[0] == 0:
-        return x_NX @ w_EXY[0]
+        return x_NX @ w_EXY[0].astype(x_NX.dtype)
     return _product(x_NX, w_EXY, sizes_E, block, implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _product(x: Array, w: Array, sizes: Array, block: int, implementation: str | None) -> Array:
-    return _rows_by_matrices(x, w, sizes, block, implementation, transpose=False)
+    return _rows_by_matrices(x, w.astype(x.dtype), sizes, block, implementation, transpose=False)
 
 
 def _forward(x: Array, w: Array, sizes: Array, block: int, implementation: str | None) -> Any:
@@ -70,7 +70,7 @@ def _forward(x: Array, w: Array, sizes: Array, block: int, implementation: str |
 
 def _backward(block: int, implementation: str | None, saved: Any, dy: Array) -> tuple[Array, Array, None]:
     x, w, sizes = saved
-    dx = _rows_by_matrices(dy, w, sizes, block, implementation, transpose=True)
+    dx = _rows_by_matrices(dy, w.astype(dy.dtype), sizes, block, implementation, transpose=True)
     return dx, _rows_by_rows(x, dy, sizes, block, implementation).astype(w.dtype), None
 
 

@@ -55,7 +55,7 @@ def dispatch(
     capacity: int | None,
     mesh: Mesh,
     implementation: str | None = None,
-    receive_factor: float = 2.0,
+    receive_factor: float = 4.0,
 ) -> tuple[Float[Array, "G T D"], Int[Array, "G"]]:
     """Runs each token through its experts and adds up what they return, by combine weight.
 
