@@ -221,7 +221,7 @@ def collective_bytes(hlo: str) -> dict[str, float]:
     """Bytes of the results of each kind of collective, per device.
 
     Of an all-to-all over n devices the share (n - 1) / n comes from others; a ring all-reduce moves 2 (n - 1) / n times
-    its result.
+    its result. Of a ragged all-to-all the lesser of what is sent from and what it comes to: no more rows can travel.
     """
 
     def cost(each: Instruction, kind: str) -> float:
@@ -229,7 +229,9 @@ def collective_bytes(hlo: str) -> dict[str, float]:
             return 0.0
         arrays = re.findall(r"(\w+)\[([\d,]*)\]", each.text[: each.text.index(f" {each.operation}(")])
         sizes = [_BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in arrays]
-        # What starts asynchronously returns its operand, too.
+        # What starts asynchronously returns its operands, too.
+        if kind == "ragged-all-to-all" and each.operation.endswith("-start"):
+            return min(sizes[:2])
         return max(sizes) if each.operation.endswith("-start") else sum(sizes)
 
     found = {kind: total(hlo, functools.partial(cost, kind=kind)) for kind in COLLECTIVES}
