@@ -20,6 +20,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.accumulation_steps = 1
     config.label_smoothing = 0.0
     config.loss = "softmax"
+    config.init_from = ""
+    config.upcycle = {"method": "copy", "noise": 0.0, "drop": 0.0, "output_scale": 1.0}
     config.log_every = 20
     config.evaluate_every = 0
     config.data = {
