@@ -3,6 +3,7 @@
     python train.py --config=configs/digits.py --workdir=runs/digits [--config.router.name=sparse_topk …]
 
 The same command again goes on from the newest checkpoint of the workdir.
+--config.init_from=PATH begins with the weights of another run or of a Hugging Face model, whose MLPs become experts.
 """
 
 import os

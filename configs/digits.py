@@ -33,6 +33,15 @@ def get_config() -> ml_collections.ConfigDict:
         "threads": 1,
         "workers": 0,
         "prefetch": 4,
+        # For sets that are stored as photographs.
+        "photo": {
+            "min_area": 0.0,
+            "max_ratio": 4 / 3,
+            "flip": False,
+            "randaugment": {"layers": 0, "magnitude": 10.0},
+            "resize": 0,
+            "value_range": (0.0, 1.0),
+        },
         "augment": {"shift": 1.0, "rotate_degrees": 12.0, "scale": 0.15, "flip": False, "shear_degrees": 10.0},
     }
     config.model = {

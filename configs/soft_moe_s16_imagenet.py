@@ -87,9 +87,13 @@ def get_config() -> ml_collections.ConfigDict:
         "num_experts": 128,
         "expert_width": 1536,
         "group_size": 1,
+        "dispatch": "auto",
         "capacity_factor": 1.05,
         "evaluation_capacity_factor": 0.0,
+        "receive_factor": 2.0,
         "balance_scope": "group",
+        "shared_experts": 0,
+        "shared_gate": False,
     }
     config.router = {"name": "soft", "k": 2, "soft": {"slots": 1, "normalize": True}}
     config.optimizer = {

@@ -85,9 +85,13 @@ def get_config() -> ml_collections.ConfigDict:
         "num_experts": 8,
         "expert_width": 3072,
         "group_size": 8,
+        "dispatch": "auto",
         "capacity_factor": 1.05,
         "evaluation_capacity_factor": 0.0,
+        "receive_factor": 2.0,
         "balance_scope": "group",
+        "shared_experts": 0,
+        "shared_gate": False,
     }
     config.router = {
         "name": "softmax",

@@ -75,9 +75,7 @@ def plan_initial(config: Config, abstract: Variables) -> Initial:
     """
     source = open_source(Path(config.init_from))
     _check_model(source, config.model)
-    known = {
-        place: (array, row) for path, array in source.arrays.items() for row, place in _places(path, source.model)
-    }
+    known = {place: (array, row) for path, array in source.arrays.items() for row, place in _places(path, source.model)}
     used: set[Place] = set()
     parts: dict[VariablePath, list[Part]] = {}
     for path, leaf in name_variables(abstract).items():
@@ -243,6 +241,7 @@ def _read_shards(
     """A global array; one shard at a time is in memory here, and devices that hold the same get it from one reading."""
     holders: dict[tuple, tuple[tuple[slice, ...], list[jax.Device]]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
         holders.setdefault(tuple((one.start, one.stop) for one in index), (index, []))[1].append(device)
     shards = []
     for index, devices in holders.values():
@@ -264,11 +263,11 @@ def _notes(initial: Initial) -> Iterator[str]:
     if pieces > 1:
         yield f"{config.moe.num_experts // pieces} virtual groups of {pieces} experts, each with one gate column"
     if pieces:
-        total = _weight_sum(config)
-        if abs(total - 1) > 0.01:
+        total, scale = _weight_sum(config), config.upcycle.output_scale
+        if abs(total * scale - 1) > 0.01:
             yield (
-                f"a token's combine weights add up to about {total:.2f}, not 1, and so much of the MLP's output is "
-                f"left; upcycle.output_scale = {1 / total:.2f} would make up for it"
+                f"a token's combine weights add up to about {total:.2f}, so that the experts' output is "
+                f"{total * scale:.2f} of the MLP's; upcycle.output_scale = {1 / total:.2f} would make up for it"
             )
     ours, theirs = _settings(config.model), _settings(source.model)
     for name, here in ours.items():
@@ -297,7 +296,7 @@ def _weight_sum(config: Config) -> float:
         inputs = RouterInputs(logits, ids=jnp.arange(tokens), mask=jnp.ones(tokens, bool), layout=layout)
         return router(params, inputs, state, None).routing
 
-    routing = jax.vmap(route, axis_name=GROUP_AXIS)(logits)
+    routing = jax.jit(jax.vmap(route, axis_name=GROUP_AXIS))(logits)
     if isinstance(routing, Slots):
         return 1.0
     return float(jnp.sum(routing.weight, where=routing.valid)) / tokens

@@ -143,8 +143,7 @@ def _parse_experts(table: Mapping[str, Any], one: Architecture) -> tuple[MoeConf
 def _upcycled(table: Mapping[str, Any]) -> tuple[MoeConfig, Softmax]:
     """The experts that a dense model lacks, as its copies would compute the same (see `moe.ops.upcycle`)."""
     moe = MoeConfig(expert_width=_need(table, "intermediate_size"), group_size=1, dispatch="dropless")
-    weights = {"noise": 0.0, "importance_weight": 0.0, "load_weight": 0.0, "balance_weight": 0.01}
-    return moe, Softmax(renormalize=True, **weights)
+    return moe, Softmax(renormalize=True, noise=0.0, importance_weight=0.0, load_weight=0.0, balance_weight=0.01)
 
 
 def _parse_model(table: Mapping[str, Any], one: Architecture) -> LmConfig:

@@ -23,7 +23,10 @@ VariablePath = tuple[str, ...]
 
 
 class SourceArray(NamedTuple):
-    """An array of a stored model. read(indices) -> float32: its entries at every combination of indices, one per axis."""
+    """An array of a stored model.
+
+    read(indices): its entries at every combination of some indices for each axis, as float32.
+    """
 
     shape: tuple[int, ...]
     read: Callable[[Sequence[np.ndarray]], np.ndarray]

@@ -14,9 +14,9 @@ MATRICES = ("w_in", "w_gate", "w_out")
 class UpcycleConfig:
     """How experts are made of an MLP with F hidden units, or of another number of experts.
 
-    method: "copy": every expert is the whole MLP. "split": expert e has the units of piece e mod G, G = F / expert_width
-        (He et al. 2024, 2410.07524); G neighbours hold every unit once, a virtual group, and start with one gate column
-        in common, so that a token chooses whole groups. k must be a multiple of G.
+    method: "copy": every expert is the whole MLP. "split": expert e has the units of piece e mod G of G = F /
+        expert_width (He et al. 2024, 2410.07524); G neighbours hold every unit once, a virtual group, and start with
+        one gate column in common, so that a token chooses whole groups. k must be a multiple of G.
     noise: standard deviation of the noise added to every entry of an expert, over that of the expert's matrix.
     drop: share of an expert's hidden units that are drawn anew, each expert its own, from normal distributions with the
         mean and standard deviation of the entries that they replace, for each matrix (Drop-Upcycling, Nakamura et al.
@@ -56,8 +56,8 @@ def granularity(config: UpcycleConfig, hidden: int, expert_width: int, num_exper
         raise ValueError(f"moe.expert_width = {expert_width} must divide {hidden}, the width of the MLP to split.")
     if num_experts % pieces:
         raise ValueError(
-            f"moe.num_experts = {num_experts} must be a multiple of {pieces}, the pieces of an MLP of {hidden} units in "
-            f"experts of {expert_width}."
+            f"moe.num_experts = {num_experts} must be a multiple of {pieces}, the pieces of an MLP of {hidden} units "
+            f"in experts of {expert_width}."
         )
     if k is not None and k % pieces:
         raise ValueError(
@@ -67,9 +67,7 @@ def granularity(config: UpcycleConfig, hidden: int, expert_width: int, num_exper
     return pieces
 
 
-def to_experts(
-    weights_n: Float[Array, "n a b"], name: str, num_experts: int, pieces: int
-) -> Float[Array, "n E a2 b2"]:
+def to_experts(weights_n: Float[Array, "n a b"], name: str, num_experts: int, pieces: int) -> Float[Array, "n E a2 b2"]:
     """Expert e of each layer: the units of piece e mod `pieces` of w_in, w_gate [D, F] or w_out [F, D].
 
     w_out is multiplied by `pieces`, since the experts that share out an MLP also share a combine weight.
@@ -113,10 +111,10 @@ def alter(
 
 
 def group_columns(gate_nDE: Float[Array, "n D E"], pieces: int) -> Float[Array, "n D E"]:
-    """A gate with one column for all experts of a virtual group: that of expert e is column e // pieces of the given."""
+    """A gate with one column for all experts of a virtual group: expert e's is column e // pieces of `gate_nDE`."""
     return jnp.take(gate_nDE, jnp.arange(gate_nDE.shape[-1]) // pieces, axis=-1)
 
 
 def _unit_axis(name: str) -> int:
-    """Which axis of a matrix the hidden units are."""
+    """The axis of a matrix that its hidden units are along."""
     return -2 if name == "w_out" else -1
