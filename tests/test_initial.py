@@ -202,13 +202,14 @@ def test_every_mesh_gets_the_same_experts_and_reads_no_more_than_a_shard(
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *jax.device_get((got, wanted)))
 
 
-def test_what_one_key_draws_differs_from_what_another_does(folder: Path) -> None:
-    experts = []
-    for seed in (0, 1):
-        table = make_config("digits", "upcycle.noise=.1", f"seed={seed}")
+def test_what_is_drawn_belongs_to_the_seed_and_the_block(folder: Path) -> None:
+    def experts(every: int, seed: int) -> np.ndarray:
+        table = make_config("digits", "upcycle.noise=.1", f"model.moe_every={every}", f"seed={seed}")
         _, variables = begin(table, folder / "digits-dense")
-        experts.append(np.asarray(variables.params["blocks"]["periods"]["blocks"][1]["f"]["experts"]["w_in"]))
-    assert not np.array_equal(*experts)
+        return np.asarray(variables.params["blocks"]["periods"]["blocks"][every - 1]["f"]["experts"]["w_in"])
+
+    assert not np.array_equal(experts(2, 0), experts(2, 1))
+    np.testing.assert_array_equal(experts(2, 0), experts(1, 0)[[1, 3]])
 
 
 def test_the_report_names_every_parameter(folder: Path) -> None:
