@@ -91,7 +91,7 @@ def get_config() -> ml_collections.ConfigDict:
         "dispatch": "auto",
         "capacity_factor": 1.05,
         "evaluation_capacity_factor": 0.0,
-        "receive_factor": 2.0,
+        "receive_factor": 4.0,
         "balance_scope": "group",
         "shared_experts": 0,
         "shared_gate": False,
