@@ -3,6 +3,7 @@
     python train.py --config=configs/digits.py --workdir=runs/digits [--config.router.name=sparse_topk …]
 
 The same command again goes on from the newest checkpoint of the workdir.
+--config.init_from=PATH begins with the weights of another run or of a Hugging Face model, whose MLPs become experts.
 """
 
 import os
@@ -20,8 +21,9 @@ from jax.sharding import Mesh
 
 from moe import cli
 from moe import config as config_lib
-from moe.checkpoint import Checkpoints
+from moe.checkpoint import Checkpoints, complete_steps
 from moe.config import Config
+from moe.initial import describe, load_initial, plan_initial
 from moe.layers.moe import group_count
 from moe.metrics import MetricsWriter, Progress, flatten, params_sha256, per_layer, write_json
 from moe.models import Batch, Objective, Variables, make_model
@@ -188,6 +190,11 @@ def train(config: Config, table: ml_collections.ConfigDict, workdir: Path) -> di
         test_batches = task.make_eval_batches(config.data, config.data.test_split, config.batch_size, *hosts)
         step = make_step(config, mesh)
         lowered = step.train.lower(step.abstract_state, step.abstract_batch)
+        initial = None
+        if config.init_from and complete_steps(workdir / "checkpoints"):
+            print(f"{workdir} has checkpoints of its own: nothing is taken from init_from = {config.init_from}")
+        elif config.init_from:
+            initial = plan_initial(config, step.abstract_state.variables)
         for difference in open_workdir(workdir, table):
             print(f"the config differs from the one that began this run: {difference}")
     train_step = lowered.compile()
@@ -196,6 +203,9 @@ def train(config: Config, table: ml_collections.ConfigDict, workdir: Path) -> di
     restored = restore_newest(checkpoints, step)
     if restored is None:
         state = step.init(jax.random.key(config.seed))
+        if initial is not None:
+            print(*describe(initial), sep="\n")
+            state = state._replace(variables=load_initial(initial, state.variables))
     else:
         state, position = restored
         examples.set_state(position)

@@ -17,18 +17,31 @@ def get_config() -> ml_collections.ConfigDict:
     config.batch_size = 64
     config.accumulation_steps = 1
     config.label_smoothing = 0.1
+    config.loss = "softmax"
+    config.init_from = ""
+    config.upcycle = {"method": "copy", "noise": 0.0, "drop": 0.0, "output_scale": 1.0}
     config.log_every = 100
     config.evaluate_every = 500
     config.data = {
         "name": "digits",
         "data_dir": "",
         "train_split": "train",
+        "test_split": "test",
         "image_size": 8,
         "shuffle": True,
         "in_memory": True,
         "threads": 1,
         "workers": 0,
         "prefetch": 4,
+        # For sets that are stored as photographs.
+        "photo": {
+            "min_area": 0.0,
+            "max_ratio": 4 / 3,
+            "flip": False,
+            "randaugment": {"layers": 0, "magnitude": 10.0},
+            "resize": 0,
+            "value_range": (0.0, 1.0),
+        },
         "augment": {"shift": 1.0, "rotate_degrees": 12.0, "scale": 0.15, "flip": False, "shear_degrees": 10.0},
     }
     config.model = {
@@ -36,12 +49,16 @@ def get_config() -> ml_collections.ConfigDict:
         "image_size": (8, 8, 1),
         "patch_size": 2,
         "num_classes": 10,
+        "pooling": "mean",
+        "representation_width": 0,
+        "head_bias": 0.0,
         "width": 64,
         "depth": 4,
         "heads": 4,
         "mlp_width": 128,
         "activation": "gelu",
         "moe_every": 2,
+        "dense_layers": 0,
         "scan_layers": False,
         "remat": "none",
         "dtype": "float32",

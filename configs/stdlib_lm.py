@@ -20,6 +20,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.accumulation_steps = 1
     config.label_smoothing = 0.0
     config.loss = "softmax"
+    config.init_from = ""
+    config.upcycle = {"method": "copy", "noise": 0.0, "drop": 0.0, "output_scale": 1.0}
     config.log_every = 20
     config.evaluate_every = 0
     config.data = {
@@ -55,6 +57,19 @@ def get_config() -> ml_collections.ConfigDict:
         "window": 0,
         "attention_cap": 0.0,
         "rope_theta": 10000.0,
+        "rope_scaling": {
+            "name": "none",
+            "linear": {"factor": 1.0},
+            "llama3": {"factor": 8.0, "low_turns": 1.0, "high_turns": 4.0, "original_length": 8192},
+            "yarn": {
+                "factor": 4.0,
+                "fast_turns": 32.0,
+                "slow_turns": 1.0,
+                "original_length": 4096,
+                "truncate": True,
+                "attention": 0.0,
+            },
+        },
         "qk_norm": "head",
         "attention_bias": "none",
         "norm_eps": 1e-6,

@@ -40,6 +40,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.accumulation_steps = 1
     config.label_smoothing = 0.0
     config.loss = "sigmoid"
+    config.init_from = ""
+    config.upcycle = {"method": "copy", "noise": 0.0, "drop": 0.0, "output_scale": 1.0}
     config.log_every = 100
     config.evaluate_every = 1000
     config.data = {
@@ -86,9 +88,13 @@ def get_config() -> ml_collections.ConfigDict:
         "num_experts": 8,
         "expert_width": 2048,
         "group_size": 8,
+        "dispatch": "auto",
         "capacity_factor": 1.05,
         "evaluation_capacity_factor": 0.0,
+        "receive_factor": 4.0,
         "balance_scope": "group",
+        "shared_experts": 0,
+        "shared_gate": False,
     }
     config.router = {
         "name": "softmax",

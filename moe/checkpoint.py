@@ -30,6 +30,14 @@ class CheckpointError(Exception):
     """A checkpoint is missing, damaged or of another model; the message is one sentence."""
 
 
+def complete_steps(folder: Path) -> list[int]:
+    """Steps that have a complete checkpoint in the folder, oldest first; none where there is no such folder."""
+    if not folder.is_dir():
+        return []
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        return checkpoints.steps()
+
+
 class Checkpoints:
     """The checkpoints of one run, a folder for each step. A save becomes visible only when it is complete."""
 

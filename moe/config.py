@@ -21,6 +21,7 @@ from moe.data.text import TextConfig
 from moe.layers.moe import MoeConfig
 from moe.models import MODELS, ModelConfig
 from moe.ops.rope import ROPE_SCALINGS, RopeScaling
+from moe.ops.upcycle import UpcycleConfig
 from moe.optim import OptimizerConfig
 from moe.parallel.mesh import MeshConfig
 from moe.routers import ROUTERS, Router
@@ -45,6 +46,8 @@ class Config:
         into, to save memory. label_smoothing: share of the target spread over all classes.
     loss: "softmax": cross-entropy of one choice among the classes; "sigmoid": the sum over the classes of the
         cross-entropy of each by itself, as V-MoE trains.
+    init_from: what the run begins with instead of random weights, see `moe.initial`: the workdir of another run, one of
+        its checkpoints, or the folder of a Hugging Face model; "": nothing. upcycle: how its MLPs become experts.
     log_every, evaluate_every: in steps; the last step is always logged and evaluated; 0: only the last.
     """
 
@@ -61,6 +64,8 @@ class Config:
     accumulation_steps: int = 1
     label_smoothing: float = 0.0
     loss: Literal["softmax", "sigmoid"] = "softmax"
+    init_from: str = ""
+    upcycle: UpcycleConfig = UpcycleConfig()
     log_every: int = 50
     evaluate_every: int = 0
 
@@ -77,11 +82,19 @@ class Config:
 
 
 def load_file(path: str) -> ml_collections.ConfigDict:
-    """Runs `get_config()` of a Python file. Raises ValueError if there is no such file or function."""
+    """Runs `get_config()` of a Python file, or reads what `to_json` wrote: the config.json of a workdir.
+
+    Raises ValueError if there is no such file or function.
+    """
     file = Path(path)
     if not file.is_file():
         nearby = sorted(str(other) for other in file.parent.glob("*.py")) if file.parent.is_dir() else []
         raise ValueError(f"there is no config file {path}" + (f"; there are {', '.join(nearby)}." if nearby else "."))
+    if file.suffix == ".json":
+        try:
+            return from_json(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"config {path} is not valid JSON: {error}.") from None
     spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise ValueError(f"config {path} is not a Python file.")

@@ -25,6 +25,9 @@ FREE_FIELDS = (
     "log_every",
     "evaluate_every",
     "steps",
+    # Only what a run begins with.
+    "init_from",
+    "upcycle.",
     "optimizer.learning_rate",
     "optimizer.warmup_steps",
     "optimizer.final_fraction",

@@ -18,6 +18,7 @@ ORDER = [
     ["moe.config"],
     ["moe.workdir", "moe.cli"],
     ["moe.generate", "moe.convert"],
+    ["moe.initial"],
     ["train"],
     ["evaluate"],
 ]

@@ -168,6 +168,37 @@ def test_one_flag_swaps_the_router(router: str, tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
 
 
+def test_a_run_begins_with_another_and_looks_back_no_more(
+    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begins = f"--config.init_from={copied}"
+    wider = ["--config.moe.num_experts=8", "--config.router.k=4"]
+    assert run_train(tmp_path / "next", begins, *wider) == 0
+    assert f"begins with {copied}/checkpoints/6\n  kept: " in capsys.readouterr().out
+    result = read(tmp_path / "next" / "result.json")
+    shutil.rmtree(tmp_path / "next" / "checkpoints" / "6")
+    assert run_train(tmp_path / "next", "--config.init_from=gone", *wider) == 0
+    out = capsys.readouterr().out
+    assert "has checkpoints of its own: nothing is taken from init_from = gone" in out
+    assert f"init_from ('{copied}' there, 'gone' now)" in out
+    assert "resuming from step 3" in out
+    assert read(tmp_path / "next" / "result.json") == result
+    mistake(
+        capsys, run_train(tmp_path / "new", "--config.init_from=gone"), cli.FAILURE, "gone: there is no such folder"
+    )
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_config_of_a_workdir_is_a_config(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copied / "config.json"
+    table = config_lib.load_file(str(path))
+    assert config_lib.to_json(table) == path.read_text()
+    assert config_lib.resolve(table).model.width == 16
+    path.write_text("{")
+    code = run_train(tmp_path / "new", small=[f"--config={path}"])
+    mistake(capsys, code, cli.USAGE, "config.json is not valid JSON")
+
+
 def mistake(capsys: pytest.CaptureFixture[str], code: int, expected_code: int, *parts: str) -> None:
     """The exit code, and one line on stderr with all of `parts`."""
     err = capsys.readouterr().err
@@ -197,6 +228,8 @@ def mistake(capsys: pytest.CaptureFixture[str], code: int, expected_code: int, *
         ("config.model.num_classes=7", ["10 classes", "num_classes = 7"]),
         ("config.model.remat=some", ["remat = 'some'", "'none', 'full', 'dots'"]),
         ("config.data.name=no_such_set", ["no_such_set"]),
+        ("config.init_from=configs", ["init_from = configs is neither the workdir of a run"]),
+        ("config.upcycle.method=clone", ["upcycle.method = 'clone'", "'copy', 'split'"]),
         ("config.router.sparse_topk.solver.name=newton", []),
     ],
 )

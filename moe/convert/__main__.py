@@ -4,8 +4,9 @@
     python -m moe.convert to-hf WORKDIR DIR           # and back, in the types that they came in
     python -m moe.convert logits WORKDIR tokens.npy logits.npy    # ids [B, L] to float32 logits [B, L, V]
 
-Mixtral, OLMoE and Qwen3-MoE. No code of the model is run and nothing is unpickled. `--config.model.dtype=float32` has
-logits computed in float32 where the model asks for bfloat16.
+Mixtral, OLMoE and Qwen3-MoE, and dense Llama, Qwen2 and Qwen3 (the config of a dense one has the experts that its
+copies would be, see `config.init_from`). No code of the model is run and nothing is unpickled.
+`--config.model.dtype=float32` has logits computed in float32 where the model asks for bfloat16.
 """
 
 from collections.abc import Sequence

@@ -19,10 +19,11 @@ from moe.checkpoint import CheckpointConfig, CheckpointError, Checkpoints
 from moe.convert.names import Leaf, Piece, make_leaves
 from moe.convert.safetensors import Spec, Tensors, read_json, write_shards
 from moe.convert.settings import Settings, find_architecture, generate, parse
-from moe.convert.store import StoredParameters, Streamed, save_parameters
+from moe.convert.store import StoredVariables, Streamed, save_parameters
 from moe.data.text import TextConfig
 from moe.data.tokenizer import TokenizerConfig
 from moe.models import LmConfig, make_model
+from moe.ops.upcycle import UpcycleConfig
 from moe.optim import OptimizerConfig
 from moe.parallel.mesh import MeshConfig
 from moe.routers import Softmax
@@ -47,13 +48,7 @@ def from_hf(folder: Path, workdir: Path) -> None:
 
     Raises ValueError where the workdir exists, or the model isn't whole or not of a supported kind.
     """
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}.")
-    table = read_json(folder / "config.json")
-    architecture, settings = find_architecture(table), parse(table)
-    tensors = Tensors(folder)
-    leaves = make_leaves(settings, architecture)
-    _check(tensors, leaves, settings)
+    settings, tensors, leaves = open_hf(folder)
     with _new_folder(workdir) as made:
         source = made / SOURCE
         source.mkdir()
@@ -74,6 +69,21 @@ def from_hf(folder: Path, workdir: Path) -> None:
         save_parameters(made / "checkpoints", _streamed(tensors, leaves), router_state)
 
 
+def open_hf(folder: Path) -> tuple[Settings, Tensors, list[Leaf]]:
+    """What a folder with config.json and safetensors holds.
+
+    Raises ValueError where the model isn't whole or not of a supported kind.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}.")
+    table = read_json(folder / "config.json")
+    architecture, settings = find_architecture(table), parse(table)
+    tensors = Tensors(folder)
+    leaves = make_leaves(settings, architecture)
+    _check(tensors, leaves, settings)
+    return settings, tensors, leaves
+
+
 def to_hf(workdir: Path, folder: Path, step: int | None = None, shard_bytes: int = 5_000_000_000) -> None:
     """Writes config.json and safetensors of a workdir's model, of its newest checkpoint by default.
 
@@ -82,7 +92,7 @@ def to_hf(workdir: Path, folder: Path, step: int | None = None, shard_bytes: int
     """
     config = config_lib.resolve(read_config(workdir))
     checkpoints = Checkpoints(workdir / "checkpoints")
-    stored = StoredParameters(workdir / "checkpoints" / str(checkpoints.choose(step)) / "state")
+    stored = StoredVariables(workdir / "checkpoints" / str(checkpoints.choose(step)) / "state")
     checkpoints.close()
     source = workdir / SOURCE
     original = read_json(source / "config.json") if (source / "config.json").is_file() else {}
@@ -96,7 +106,7 @@ def to_hf(workdir: Path, folder: Path, step: int | None = None, shard_bytes: int
     settings = Settings(config.model, config.moe, config.router)
     table = generate(settings, original)
     leaves = make_leaves(settings, find_architecture(table))
-    arrays = {leaf.path: stored.open(leaf.path) for leaf in leaves}
+    arrays = {leaf.path: stored.open(("params", *leaf.path)) for leaf in leaves}
     for leaf in leaves:
         if arrays[leaf.path].shape != leaf.shape:
             raise CheckpointError(
@@ -130,6 +140,8 @@ def make_table(settings: Settings, tokenizer: TokenizerConfig | None) -> ml_coll
         "batch_size": 8,
         "accumulation_steps": 1,
         "label_smoothing": 0.0,
+        "init_from": "",
+        "upcycle": _plain(UpcycleConfig()),
         "loss": "softmax",
         "log_every": 50,
         "evaluate_every": 0,

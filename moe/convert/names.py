@@ -9,6 +9,7 @@ import numpy as np
 
 from moe.convert.settings import PROJECTIONS, Architecture, Settings
 from moe.layers.attention import AttentionConfig
+from moe.layers.block import stacked_blocks
 from moe.models import make_model
 
 Shape = tuple[int, ...]
@@ -50,6 +51,11 @@ def make_leaves(settings: Settings, architecture: Architecture) -> list[Leaf]:
 
 def _pieces(path: tuple[str, ...], shape: Shape, settings: Settings, one: Architecture) -> Iterator[Piece]:
     model = settings.model
+    if stacked := stacked_blocks(model, path):
+        layers, rest = stacked
+        for period, layer in enumerate(layers):
+            yield from _block_pieces(layer, (period,), rest, shape[1:], model.attention, one)
+        return
     match path:
         case ("embedding",):
             yield _as_is(-1, (), "model.embed_tokens.weight", shape, shape)
@@ -57,12 +63,6 @@ def _pieces(path: tuple[str, ...], shape: Shape, settings: Settings, one: Archit
             yield _as_is(model.depth, (), "model.norm.weight", shape, shape)
         case ("head",):
             yield _transposed(model.depth, (), "lm_head.weight", shape)
-        case ("blocks", stack, "blocks", number, *rest):
-            step = 1 if stack == "leading" else model.moe_every or 1
-            first = int(number) + (0 if stack == "leading" else model.dense_layers)
-            for period in range(shape[0]):
-                layer = first + step * period
-                yield from _block_pieces(layer, (period,), tuple(rest), shape[1:], model.attention, one)
         case _:
             raise ValueError(f"Hugging Face's {one.class_name} has no {'.'.join(path)}.")
 

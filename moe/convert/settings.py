@@ -3,9 +3,9 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from moe.layers.attention import QkNorm
+from moe.layers.attention import AttentionBias, QkNorm
 from moe.layers.moe import MoeConfig
 from moe.models import LmConfig
 from moe.ops.rope import Linear, Llama3, RopeScaling, Unscaled, Yarn
@@ -15,67 +15,72 @@ from moe.routers import Softmax
 class Architecture(NamedTuple):
     """How one family names its settings and tensors.
 
-    experts, expert_width: fields of config.json. block: the module that holds gate and experts. expert: the matrices of
-    an expert, ours → theirs. qk_norm: what its attention does. windows, biases, dense: whether some of its models have
-    sliding windows, attention biases, blocks without experts.
+    qk_norm: what its attention does. windows, dense: whether some of its models have sliding windows, blocks without
+    experts. bias: the biases of its attention; a field of config.json where only some of its models have them, all of
+    them. experts, expert_width: fields of config.json; "": it is a dense model. block: the module that holds gate and
+    experts. expert: the matrices of an expert, ours → theirs.
     """
 
     class_name: str
     model_type: str
-    experts: str
-    expert_width: str
-    block: str
-    expert: Mapping[str, str]
     qk_norm: QkNorm
     norm_eps: float
     rope_theta: float
     windows: bool = False
-    biases: bool = False
+    bias: AttentionBias | Literal["attention_bias"] = "none"
     dense: bool = False
+    experts: str = ""
+    expert_width: str = ""
+    block: str = ""
+    expert: Mapping[str, str] = {}
 
 
 PROJECTIONS = {"w_gate": "gate_proj", "w_in": "up_proj", "w_out": "down_proj"}
 # Versions of transformers differ in which of these they write for one architecture.
 _EXPERTS = ("num_experts", "num_local_experts")
+_WINDOWED = "sliding_attention"
 ARCHITECTURES = (
     Architecture(
         "MixtralForCausalLM",
         "mixtral",
-        "num_local_experts",
-        "intermediate_size",
-        "block_sparse_moe",
-        {"w_gate": "w1", "w_in": "w3", "w_out": "w2"},
         "none",
         1e-5,
         1e6,
         windows=True,
+        experts="num_local_experts",
+        expert_width="intermediate_size",
+        block="block_sparse_moe",
+        expert={"w_gate": "w1", "w_in": "w3", "w_out": "w2"},
     ),
     Architecture(
         "OlmoeForCausalLM",
         "olmoe",
-        "num_experts",
-        "intermediate_size",
-        "mlp",
-        PROJECTIONS,
         "all",
         1e-5,
         1e4,
-        biases=True,
+        bias="attention_bias",
+        experts="num_experts",
+        expert_width="intermediate_size",
+        block="mlp",
+        expert=PROJECTIONS,
     ),
     Architecture(
         "Qwen3MoeForCausalLM",
         "qwen3_moe",
-        "num_experts",
-        "moe_intermediate_size",
-        "mlp",
-        PROJECTIONS,
         "head",
         1e-6,
         1e4,
         windows=True,
-        biases=True,
+        bias="attention_bias",
         dense=True,
+        experts="num_experts",
+        expert_width="moe_intermediate_size",
+        block="mlp",
+        expert=PROJECTIONS,
     ),
+    Architecture("LlamaForCausalLM", "llama", "none", 1e-6, 1e4, bias="attention_bias", dense=True),
+    Architecture("Qwen2ForCausalLM", "qwen2", "none", 1e-6, 1e4, windows=True, bias="qkv", dense=True),
+    Architecture("Qwen3ForCausalLM", "qwen3", "head", 1e-6, 1e4, windows=True, bias="attention_bias", dense=True),
 )
 
 
@@ -105,9 +110,19 @@ def parse(table: Mapping[str, Any]) -> Settings:
     Raises ValueError where it lacks something, or asks for what our model doesn't do.
     """
     one = find_architecture(table)
-    for name, wanted in (("hidden_act", "silu"), ("clip_qkv", None), ("quantization_config", None)):
+    for name, wanted in (
+        ("hidden_act", "silu"),
+        ("clip_qkv", None),
+        ("quantization_config", None),
+        ("mlp_bias", False),
+    ):
         if table.get(name, wanted) != wanted:
             raise ValueError(f"config.json has {name} = {table[name]!r}: only {wanted!r} can be converted.")
+    moe, router = _parse_experts(table, one) if one.experts else _upcycled(table)
+    return Settings(_parse_model(table, one), moe, router)
+
+
+def _parse_experts(table: Mapping[str, Any], one: Architecture) -> tuple[MoeConfig, Softmax]:
     num_experts = next((table[name] for name in _EXPERTS if table.get(name)), None) or _lacks(one.experts)
     moe = MoeConfig(
         num_experts=num_experts, expert_width=_need(table, one.expert_width), group_size=1, dispatch="dropless"
@@ -122,17 +137,24 @@ def parse(table: Mapping[str, Any]) -> Settings:
         load_weight=0.0,
     )
     router.init(num_experts)
-    return Settings(_parse_model(table, one), moe, router)
+    return moe, router
+
+
+def _upcycled(table: Mapping[str, Any]) -> tuple[MoeConfig, Softmax]:
+    """The experts that a dense model lacks, as its copies would compute the same (see `moe.ops.upcycle`)."""
+    moe = MoeConfig(expert_width=_need(table, "intermediate_size"), group_size=1, dispatch="dropless")
+    return moe, Softmax(renormalize=True, noise=0.0, importance_weight=0.0, load_weight=0.0, balance_weight=0.01)
 
 
 def _parse_model(table: Mapping[str, Any], one: Architecture) -> LmConfig:
     width, heads, depth = (_need(table, name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
-    if "num_key_value_heads" not in table:
+    # Llama and Qwen2 came before there were such fields; what Qwen3 means without head_dim isn't width / heads.
+    if one.experts and "num_key_value_heads" not in table:
         _lacks("num_key_value_heads")
-    head_width = table.get("head_dim") or width // heads
+    head_width = _need(table, "head_dim") if one.model_type == "qwen3" else table.get("head_dim") or width // heads
     if one.qk_norm == "all" and head_width * heads != width:
         raise ValueError(f"config.json has head_dim = {head_width}: {heads} heads must fill hidden_size = {width}.")
-    dense_layers, moe_every = _layers(table, depth) if one.dense else (0, 1)
+    dense_layers, moe_every = _layers(table, one, depth)
     theta, scaling = _rope(table, one)
     stored = table.get("dtype") or table.get("torch_dtype")
     return LmConfig(
@@ -141,16 +163,16 @@ def _parse_model(table: Mapping[str, Any], one: Architecture) -> LmConfig:
         width=width,
         depth=depth,
         heads=heads,
-        kv_heads=table["num_key_value_heads"] or heads,
+        kv_heads=table.get("num_key_value_heads") or heads,
         head_width=head_width,
         mlp_width=_need(table, "intermediate_size"),
         moe_every=moe_every,
         dense_layers=dense_layers,
-        window=_window(table, one),
+        window=_window(table, one, depth),
         rope_theta=theta,
         rope_scaling=scaling,
         qk_norm=one.qk_norm,
-        attention_bias="all" if one.biases and table.get("attention_bias") else "none",
+        attention_bias=_bias(table, one),
         norm_eps=float(table.get("rms_norm_eps", one.norm_eps)),
         tied_head=bool(table.get("tie_word_embeddings", False)),
         dtype="bfloat16" if stored == "bfloat16" else "float32",
@@ -175,7 +197,13 @@ def generate(settings: Settings, original: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _similar(settings: Settings) -> Architecture:
-    return next(one for one in ARCHITECTURES if one.qk_norm == settings.model.qk_norm)
+    model = settings.model
+    alike = [
+        one for one in ARCHITECTURES if one.qk_norm == model.qk_norm and bool(one.experts) == bool(model.moe_every)
+    ]
+    if not alike:
+        raise ValueError(f"Hugging Face's format can't hold a dense model with model.qk_norm = '{model.qk_norm}'.")
+    return next((one for one in alike if one.bias == model.attention_bias), alike[0])
 
 
 def _fields(one: Architecture, settings: Settings) -> Iterator[tuple[str, Any]]:
@@ -197,19 +225,24 @@ def _fields(one: Architecture, settings: Settings) -> Iterator[tuple[str, Any]]:
         "tie_word_embeddings": model.tied_head,
         "rope_theta": model.rope_theta,
         "rope_scaling": _rope_fields(model.rope_scaling),
-        one.experts: moe.num_experts,
-        one.expert_width: moe.expert_width,
-        "num_experts_per_tok": router.k,
-        "norm_topk_prob": router.renormalize,
-        "router_aux_loss_coef": router.balance_weight,
     }.items()
+    if one.experts:
+        yield one.experts, moe.num_experts
+        yield one.expert_width, moe.expert_width
+        yield "num_experts_per_tok", router.k
+        yield "norm_topk_prob", router.renormalize
+        yield "router_aux_loss_coef", router.balance_weight
     if one.windows:
         yield "sliding_window", model.window or None
         yield "use_sliding_window", model.window > 0
-    if one.biases:
+    if one.windows and not one.experts:
+        yield "max_window_layers", 0
+        yield "layer_types", [_WINDOWED if model.window else "full_attention"] * model.depth
+    if one.bias == "attention_bias":
         yield "attention_bias", model.attention_bias == "all"
     if one.dense:
         yield "intermediate_size", model.mlp_width
+    if one.dense and one.experts:
         yield "decoder_sparse_step", 1
         yield "mlp_only_layers", [i for i in range(model.depth) if not has_experts(model, i)]
 
@@ -220,8 +253,10 @@ def has_experts(model: LmConfig, layer: int) -> bool:
     return bool(model.moe_every) and later >= 0 and later % model.moe_every == model.moe_every - 1
 
 
-def _layers(table: Mapping[str, Any], depth: int) -> tuple[int, int]:
+def _layers(table: Mapping[str, Any], one: Architecture, depth: int) -> tuple[int, int]:
     """Our dense_layers and moe_every."""
+    if not (one.experts and one.dense):
+        return 0, 1 if one.experts else 0
     dense, every = table.get("mlp_only_layers") or [], table.get("decoder_sparse_step", 1)
     wanted = [i not in dense and (i + 1) % every == 0 for i in range(depth)]
     if not any(wanted):
@@ -237,10 +272,27 @@ def _layers(table: Mapping[str, Any], depth: int) -> tuple[int, int]:
     )
 
 
-def _window(table: Mapping[str, Any], one: Architecture) -> int:
+def _window(table: Mapping[str, Any], one: Architecture, depth: int) -> int:
     # Qwen's files give a window even where it isn't used.
     used = one.windows and (one.model_type == "mixtral" or table.get("use_sliding_window", False))
-    return (table.get("sliding_window") or 0) if used else 0
+    window = (table.get("sliding_window") or 0) if used else 0
+    if one.experts or not window:
+        return window
+    # Dense models may have it in later blocks only.
+    first = min(table.get("max_window_layers", 28), depth)
+    windowed = [kind == _WINDOWED for kind in table.get("layer_types") or []] or [i >= first for i in range(depth)]
+    if any(windowed) and not all(windowed):
+        raise ValueError(
+            f"config.json has sliding_window = {window} in {sum(windowed)} of {depth} blocks: only a window in all or "
+            "none can be converted."
+        )
+    return window if all(windowed) else 0
+
+
+def _bias(table: Mapping[str, Any], one: Architecture) -> AttentionBias:
+    if one.bias == "attention_bias":
+        return "all" if table.get("attention_bias") else "none"
+    return one.bias
 
 
 def _rope(table: Mapping[str, Any], one: Architecture) -> tuple[float, RopeScaling]:
@@ -314,10 +366,11 @@ def _meaning(settings: Settings) -> dict[str, Any]:
     del fields["model.mlp_width"]
     if not all(has_experts(model, layer) for layer in range(model.depth)):
         fields["model.mlp_width"] = model.mlp_width
-    for name in ("num_experts", "expert_width", "shared_experts", "shared_gate"):
-        fields[f"moe.{name}"] = getattr(moe, name)
-    for name in ("k", "renormalize", "expert_groups", "groups_per_token"):
-        fields[f"router.{name}"] = getattr(router, name)
+    if model.moe_every:
+        for name in ("num_experts", "expert_width", "shared_experts", "shared_gate"):
+            fields[f"moe.{name}"] = getattr(moe, name)
+        for name in ("k", "renormalize", "expert_groups", "groups_per_token"):
+            fields[f"router.{name}"] = getattr(router, name)
     return fields
 
 

@@ -79,8 +79,8 @@ def save_parameters(folder: Path, params: PyTree, router_state: PyTree) -> None:
         manager.save(0, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave({})))
 
 
-class StoredParameters:
-    """The parameters of a checkpoint, read part by part."""
+class StoredVariables:
+    """The variables of a checkpoint's model, read part by part."""
 
     def __init__(self, state: Path) -> None:
         """state: the folder of a step's item of that name."""
@@ -88,8 +88,8 @@ class StoredParameters:
         self._merged = (state / "manifest.ocdbt").is_file()
 
     def open(self, path: tuple[str, ...]) -> Any:
-        """An array that reads what it is indexed with. Raises CheckpointError if it isn't there."""
-        name = ".".join(("variables", "params", *path))
+        """An array that reads what it is indexed with; path: of `Variables`. CheckpointError if it isn't there."""
+        name = ".".join(("variables", *path))
         kvstore: dict[str, Any] = {"driver": "file", "path": str(self._state / name) + "/"}
         if self._merged:
             kvstore = {"driver": "ocdbt", "base": f"file://{self._state.absolute()}/", "path": f"{name}/"}

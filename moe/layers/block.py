@@ -87,6 +87,19 @@ class RouterOutputs(NamedTuple):
 Caches = tuple[list[Cache] | None, list[Cache] | None]
 
 
+def stacked_blocks(config: BlocksConfig, path: tuple[str, ...]) -> tuple[range, tuple[str, ...]] | None:
+    """Which blocks share the array at `path` of a model's variables, in its order, and the path within a block.
+
+    None for what stands around the blocks.
+    """
+    match path:
+        case ("blocks", "leading", "blocks", _, *rest):
+            return range(config.dense_layers), tuple(rest)
+        case ("blocks", "periods", "blocks", number, *rest):
+            return range(config.dense_layers + int(number), config.depth, config.moe_every or 1), tuple(rest)
+    return None
+
+
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + f(norm(x)), f an MLP or a mixture of experts."""
 

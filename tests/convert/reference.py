@@ -1,11 +1,12 @@
 """Random tiny models of `transformers`, to hold conversions against; also makes the stored vectors.
 
-    python tests/convert/reference.py        # where torch and transformers are installed: the extra `parity`
+    python tests/convert/reference.py [NAME …]       # where torch and transformers are installed: the extra `parity`
 
 writes tests/convert/stored/NAME/ anew: config.json, model.safetensors, tokens.npy, logits.npy.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             }
         },
     ),
+    "llama": ("Llama", COMMON | {"num_key_value_heads": 1, "rope_parameters": LLAMA3}),
+    "llama_biases": (
+        "Llama",
+        COMMON | {"attention_bias": True, "tie_word_embeddings": True, "head_dim": 10, "rms_norm_eps": 1e-3},
+    ),
+    "qwen2": ("Qwen2", COMMON | {"rope_parameters": {"rope_theta": 300.0}}),
+    "qwen2_window": (
+        "Qwen2",
+        COMMON | {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0, "num_key_value_heads": 4},
+    ),
+    "qwen3": ("Qwen3", COMMON | {"head_dim": 8, "tie_word_embeddings": True}),
+    "qwen3_biases": ("Qwen3", COMMON | {"head_dim": 6, "attention_bias": True, "rope_parameters": YARN}),
 }
-STORED_NAMES = ("mixtral", "olmoe", "qwen")
+STORED_NAMES = ("mixtral", "olmoe", "qwen", "llama", "qwen2", "qwen3")
 
 
 def make_model(name: str, seed: int = 0) -> Any:
@@ -106,8 +119,8 @@ def make_tokens(rows: int = 3, length: int = 40) -> np.ndarray:
 
 
 def main() -> None:
-    """Makes the stored vectors."""
-    for name in STORED_NAMES:
+    """Makes the stored vectors, all of them or those named."""
+    for name in sys.argv[1:] or STORED_NAMES:
         folder = STORED / name
         model = make_model(name)
         model.save_pretrained(folder)

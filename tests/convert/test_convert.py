@@ -21,7 +21,7 @@ from moe.models import Variables
 from moe.workdir import load_model
 
 STORED = Path(__file__).parent / "stored"
-NAMES = ("mixtral", "olmoe", "qwen")
+NAMES = ("mixtral", "olmoe", "qwen", "llama", "qwen2", "qwen3")
 
 
 def load(folder: Path) -> dict[str, np.ndarray]:

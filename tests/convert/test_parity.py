@@ -20,7 +20,7 @@ def save(folder: Path, name: str, dtype: str = "float32") -> None:
     """A model's folder as transformers writes it."""
     import torch
 
-    reference.make_model(name).to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="20KB")
+    reference.make_model(name).to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="10KB")
 
 
 def load_model(folder: Path):  # type: ignore[no-untyped-def]
@@ -57,7 +57,7 @@ def test_a_round_trip_keeps_every_bit(name: str, dtype: str, tmp_path: Path) -> 
 
     save(tmp_path / "hf", name, dtype)
     from_hf(tmp_path / "hf", tmp_path / "workdir")
-    to_hf(tmp_path / "workdir", tmp_path / "back", shard_bytes=15_000)
+    to_hf(tmp_path / "workdir", tmp_path / "back", shard_bytes=8_000)
 
     def load(folder: Path) -> dict[str, torch.Tensor]:
         files = sorted(folder.glob("*.safetensors"))

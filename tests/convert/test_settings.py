@@ -68,6 +68,76 @@ QWEN3_30B_A3B = {
     "vocab_size": 151936,
 }
 
+QWEN2_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+LLAMA_7B = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "rms_norm_eps": 1e-05,
+    "vocab_size": 32000,
+}
+
+
+def test_dense_models() -> None:
+    model, moe, router = parse(QWEN2_7B)
+    assert (model.moe_every, model.mlp_width, model.attention_bias, model.window) == (0, 18944, "qkv", 0)
+    assert (moe.expert_width, router.renormalize, router.noise) == (18944, True, 0.0)
+    windowed = QWEN2_7B | {"use_sliding_window": True, "sliding_window": 4096}
+    assert parse(windowed).model.window == 0, "max_window_layers: from block 28 on, and there is none"
+    assert parse(windowed | {"max_window_layers": 0}).model.window == 4096
+    assert parse(windowed | {"layer_types": ["sliding_attention"] * 28}).model.window == 4096
+    with pytest.raises(ValueError, match="sliding_window = 4096 in 7 of 28 blocks"):
+        parse(windowed | {"max_window_layers": 21})
+    model = parse(LLAMA_7B).model
+    assert (model.kv_heads, model.attention.head_width, model.attention_bias, model.qk_norm) == (
+        32,
+        128,
+        "none",
+        "none",
+    )
+    assert parse(LLAMA_7B | {"attention_bias": True}).model.attention_bias == "all"
+    with pytest.raises(ValueError, match="mlp_bias = True: only False"):
+        parse(LLAMA_7B | {"mlp_bias": True})
+    with pytest.raises(ValueError, match="lacks head_dim"):
+        parse(LLAMA_7B | {"architectures": ["Qwen3ForCausalLM"]})
+
+
+@pytest.mark.parametrize(
+    ("table", "changes"),
+    [
+        (QWEN2_7B, {}),
+        (QWEN2_7B, {"use_sliding_window": True, "max_window_layers": 0}),
+        (LLAMA_7B, {"attention_bias": True}),
+        (LLAMA_7B, {"architectures": ["Qwen3ForCausalLM"], "head_dim": 64, "use_sliding_window": True}),
+    ],
+)
+def test_dense_models_go_out_as_they_came(table: dict[str, Any], changes: dict[str, Any]) -> None:
+    settings = parse(table | changes)
+    made = generate(settings, {})
+    assert parse(made).model == settings.model
+    assert made["architectures"] == (table | changes)["architectures"]
+
 
 def test_mixtral() -> None:
     model, moe, router = parse(MIXTRAL_8X7B)
@@ -135,7 +205,7 @@ def test_rotary_positions(fields: dict[str, Any], expected: Any) -> None:
     assert (again.rope_scaling, again.rope_theta) == (expected, settings.model.rope_theta)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen"])
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen", "llama", "qwen2", "qwen3"])
 def test_a_config_that_still_holds_is_kept_as_it_was(name: str) -> None:
     table = table_of(name) | {"eos_token_id": 5}
     settings = parse(table)
@@ -191,6 +261,8 @@ ROUTER = Softmax(noise=0.0, load_weight=0.0, renormalize=True)
         ({"qk_norm": "head", "attention_bias": "qkv"}, {}, ROUTER, r"Qwen3MoeForCausalLM has no model.attention_bias"),
         ({}, {"shared_experts": 1}, ROUTER, r"no moe.shared_experts = 1"),
         ({}, {}, Softmax(noise=0.0, load_weight=0.0), r"no router.renormalize = False"),
+        ({"moe_every": 0, "window": 3}, {}, ROUTER, r"LlamaForCausalLM has no model.window = 3"),
+        ({"moe_every": 0, "qk_norm": "all"}, {}, ROUTER, r"dense model with model.qk_norm = 'all'"),
     ],
 )
 def test_models_of_ours_that_the_format_lacks(model: dict, moe: dict, router: Any, words: str) -> None:

@@ -1,7 +1,9 @@
-"""The config tables of the routers."""
+"""The config tables: of the routers, and that every field can be set on the command line."""
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 import pytest
@@ -9,7 +11,8 @@ import pytest
 from moe import config as config_lib
 from moe.routers import ROUTERS
 
-DIGITS = Path(__file__).parents[2] / "configs" / "digits.py"
+CONFIGS = Path(__file__).parents[2] / "configs"
+DIGITS = CONFIGS / "digits.py"
 
 
 def digits(*overrides: str) -> ml_collections.ConfigDict:
@@ -35,3 +38,20 @@ def test_a_field_that_no_router_has_is_refused_beside_their_names() -> None:
         table.router.kk = 3
     with pytest.raises(ValueError, match=r"router\.kk.*did you mean 'k'"):
         config_lib.resolve(table)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_has_every_field(path: Path) -> None:
+    table = config_lib.load_file(str(path))
+    assert list(missing(config_lib.resolve(table), table.to_dict(), "")) == []
+
+
+def missing(value: Any, table: Mapping[str, Any], path: str) -> Iterator[str]:
+    """The fields of a dataclass that its table lacks; of the options of a choice those of the chosen one."""
+    for field in dataclasses.fields(value):
+        inner = getattr(value, field.name)
+        if field.name not in table:
+            yield f"{path}{field.name}"
+        elif dataclasses.is_dataclass(inner):
+            entry = table[field.name]
+            yield from missing(inner, entry | entry.get(entry.get("name"), {}), f"{path}{field.name}.")
