@@ -10,8 +10,8 @@ K = 2, SwiGLU, activations in bfloat16, matrices in float32; a mesh of data x ex
 FLOPs: over those of 3 products of every choice with each matrix; kernels as `tpu_program.flops` counts them, for
 choices drawn uniformly, which need no further round of exchange; and at most: all rounds that are compiled, each with
 as many rows as a device has, however they fall to its experts. Memory and bytes
-are per device, bytes those of the collectives' results. Cycles: what the compiler estimates for fusions; and the
-kernels' bundles times their grids, halved where two cores share a chip. Neither has sorts, collectives, and the time
+are per device, bytes those of the collectives' results. Cycles, without further rounds: what the compiler estimates for fusions;
+and the kernels' bundles times their grids, halved where two cores share a chip. Neither has sorts, collectives, and the time
 that a kernel waits for memory.
 """
 
@@ -142,7 +142,7 @@ def measure(shape: Shape, compiled: jax.stages.Compiled, groups: int, dump: Path
         "at most": tpu_program.flops(hlo, most) / active,
         "temp MB": memory.temp_size_in_bytes / 1e6,
         "peak MB": memory.peak_memory_in_bytes / 1e6,
-        "fusions, Mcycles": tpu_program.fusion_cycles(hlo) / 1e6,
+        "fusions, Mcycles": tpu_program.fusion_cycles(hlo, min) / 1e6,
         "kernels, Mcycles": cycles / cores / 1e6,
     }
     return figures | {f"{kind} MB": size / 1e6 for kind, size in tpu_program.collective_bytes(hlo).items()}

@@ -238,15 +238,15 @@ def collective_bytes(hlo: str) -> dict[str, float]:
     return {kind: size for kind, size in found.items() if size}
 
 
-def fusion_cycles(hlo: str) -> float:
+def fusion_cycles(hlo: str, branch: Branch = max) -> float:
     """The compiler's own estimates, which it makes for fusions and single operations: not for kernels, sorts,
-    collectives."""
+    collectives. branch: of conditionals."""
 
     def cost(each: Instruction) -> float:
         found = re.search(r'"estimated_cycles":"(\d+)"', each.text)
         return float(found[1]) if found else 0.0
 
-    return total(hlo, cost, inside_fusions=False)
+    return total(hlo, cost, inside_fusions=False, branch=branch)
 
 
 def kernels(hlo: str) -> list[Kernel]:

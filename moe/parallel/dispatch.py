@@ -11,11 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe.ops.grouped_matmul import grouped_matmul
 from moe.ops.permute import from_slots, group_rows, into_slots, seat
-from moe.parallel.exchange import through_experts_elsewhere, vary_like
+from moe.parallel.exchange import Weights, through_experts_elsewhere, vary_like
 from moe.parallel.mesh import BATCH_AXES, Axes, batch_shards, partition_spec
 from moe.types import Assignments, Slots
 
-Weights = dict[str, Float[Array, "..."]]
 # (x, w) -> x times the matrix of each row's expert, in x's dtype.
 Product = Callable[[Array, Array], Array]
 ApplyExperts = Callable[[Weights, Float[Array, "*e n D"], Product], Float[Array, "*e n D"]]
@@ -272,12 +271,13 @@ def _rows_through_experts(
     # Once for all rounds: what the rows' devices add to a matrix's gradient is summed where the matrix came to vary.
     weights = {name: vary_like(weight, x_SD) for name, weight in weights.items()}
     experts = partial(
-        _sorted_rows_through_experts, apply_experts, weights, implementation=implementation, tensor_axis=tensor_axis
+        _sorted_rows_through_experts, apply_experts, implementation=implementation, tensor_axis=tensor_axis
     )
     if expert_axis is None or jax.lax.axis_size(expert_axis) == 1:
-        return experts(x_SD, token_N, expert_N, valid_N, num_experts), valid_N
+        return experts(weights, x_SD, token_N, expert_N, valid_N, num_experts), valid_N
     return through_experts_elsewhere(
         experts,
+        weights,
         x_SD,
         token_N,
         expert_N,

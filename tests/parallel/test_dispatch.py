@@ -151,6 +151,16 @@ def test_only_einsum_holds_a_weight_for_every_token_and_slot(way: str) -> None:
     )
 
 
+def test_later_rounds_keep_nothing_for_the_backward_pass() -> None:
+    """Six rounds of two places for each sender, five of them in a loop: no array of numbers is stacked along it."""
+    how = {"implementation": "dropless", "capacity": None, "receive_factor": 0.5}
+    program = jax.make_jaxpr(functools.partial(run, Case.make(1.0), mesh_of("data=2,expert=4"), **how))()
+    loops = [one for one in equations_of(program.jaxpr) if one.primitive.name == "scan" and one.params["length"] == 5]
+    assert len(loops) == 2  # there and back
+    outputs = [out.aval for loop in loops for out in loop.outvars if jnp.issubdtype(out.aval.dtype, jnp.floating)]
+    assert [aval for aval in outputs if aval.shape[:1] == (5,)] == []
+
+
 # Mistakes -------------------------------------------------------------------------------------------------------------
 
 
