@@ -9,10 +9,10 @@ K = 2, SwiGLU, activations in bfloat16, matrices in float32; a mesh of data x ex
 
 FLOPs: over those of 3 products of every choice with each matrix; kernels as `tpu_program.flops` counts them, for
 choices drawn uniformly, which need no further round of exchange; and at most: all rounds that are compiled, each with
-as many rows as a device has, however they fall to its experts. Memory and bytes
-are per device, bytes those of the collectives' results. Cycles, without further rounds: what the compiler estimates for fusions;
-and the kernels' bundles times their grids, halved where two cores share a chip. Neither has sorts, collectives, and the time
-that a kernel waits for memory.
+as many rows as a device has, however they fall to its experts. Memory is per device, and has room for all rounds.
+Bytes are those of the collectives' results on one device; cycles what the compiler estimates for fusions, and the
+kernels' bundles times their grids, halved where two cores share a chip; both of the first round alone. No cycles are
+known of sorts, of collectives, and of kernels that wait for memory.
 """
 
 import argparse
@@ -130,12 +130,12 @@ def measure(shape: Shape, compiled: jax.stages.Compiled, groups: int, dump: Path
     drawn = uniform_visits(shape, groups)
     most = tpu_program.most_visits(shape.tokens * shape.k // 16, groups, BLOCK)
     files = {file.name.split("-")[1]: file for file in dump.glob("*-*-final_bundles.txt")}
-    kernels = tpu_program.kernels(hlo)
-    schedules = {kernel.module: files[kernel.name] for kernel in kernels if kernel.name in files}
-    cycles = sum(
-        schedule_cycles(schedules[kernel.module].read_text()) * kernel.steps * (drawn(kernel) if kernel.dynamic else 1)
-        for kernel in kernels
-    )
+    schedules = {one.module: files[one.name] for one in tpu_program.kernels(hlo) if one.name in files}
+
+    def kernel_cycles(kernel: tpu_program.Kernel) -> float:
+        schedule = schedule_cycles(schedules[kernel.module].read_text())
+        return schedule * kernel.steps * (drawn(kernel) if kernel.dynamic else 1)
+
     active = shape.active_flops(16)
     figures = {
         "FLOPs / active": tpu_program.flops(hlo, drawn, min) / active,
@@ -143,9 +143,9 @@ def measure(shape: Shape, compiled: jax.stages.Compiled, groups: int, dump: Path
         "temp MB": memory.temp_size_in_bytes / 1e6,
         "peak MB": memory.peak_memory_in_bytes / 1e6,
         "fusions, Mcycles": tpu_program.fusion_cycles(hlo, min) / 1e6,
-        "kernels, Mcycles": cycles / cores / 1e6,
+        "kernels, Mcycles": tpu_program.kernel_total(hlo, kernel_cycles, min) / cores / 1e6,
     }
-    return figures | {f"{kind} MB": size / 1e6 for kind, size in tpu_program.collective_bytes(hlo).items()}
+    return figures | {f"{kind} MB": size / 1e6 for kind, size in tpu_program.collective_bytes(hlo, min).items()}
 
 
 def worker(chip: str, only: list[str], expert: list[int], dump: Path) -> Iterator[dict[str, Any]]:

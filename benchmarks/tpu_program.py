@@ -137,7 +137,7 @@ def flops(hlo: str, visits: Visits = listed_visits, branch: Branch = max) -> flo
             left = shapes[re.search(r" dot\((?:\w+\[[\d,]*\]\S* )?%([^,\s)]+)", each.text)[1]]
             axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", each.text)[1]
             return 2.0 * math.prod(_sizes(each.text)) * math.prod(left[int(axis)] for axis in axes.split(",") if axis)
-        if 'custom_call_target="tpu_custom_call"' in each.text:
+        if _is_kernel(each):
             kernel = read_kernel(each)
             return kernel.step_flops * kernel.steps * (visits(kernel) if kernel.dynamic else 1)
         return 0.0
@@ -169,6 +169,10 @@ def _convolution(text: str, shapes: dict[str, list[int]]) -> float:
         places = (i * stride + j * gap - low for i, j in itertools.product(range(out[axis]), range(right[axis])))
         pairs *= sum(place % spread == 0 and 0 <= place // spread < left[axis] for place in places)
     return 2.0 * out["b"] * out["f"] * right["i"] * pairs
+
+
+def _is_kernel(instruction: Instruction) -> bool:
+    return 'custom_call_target="tpu_custom_call"' in instruction.text
 
 
 def read_kernel(instruction: Instruction) -> Kernel:
@@ -217,7 +221,7 @@ def _multiplied(operation: Any) -> float:
 # Bytes and cycles -----------------------------------------------------------------------------------------------------
 
 
-def collective_bytes(hlo: str) -> dict[str, float]:
+def collective_bytes(hlo: str, branch: Branch = max) -> dict[str, float]:
     """Bytes of the results of each kind of collective, per device.
 
     Of an all-to-all over n devices the share (n - 1) / n comes from others; a ring all-reduce moves 2 (n - 1) / n times
@@ -234,7 +238,7 @@ def collective_bytes(hlo: str) -> dict[str, float]:
             return min(sizes[:2])
         return max(sizes) if each.operation.endswith("-start") else sum(sizes)
 
-    found = {kind: total(hlo, functools.partial(cost, kind=kind)) for kind in COLLECTIVES}
+    found = {kind: total(hlo, functools.partial(cost, kind=kind), branch=branch) for kind in COLLECTIVES}
     return {kind: size for kind, size in found.items() if size}
 
 
@@ -249,7 +253,11 @@ def fusion_cycles(hlo: str, branch: Branch = max) -> float:
     return total(hlo, cost, inside_fusions=False, branch=branch)
 
 
+def kernel_total(hlo: str, cost: Callable[[Kernel], float], branch: Branch = max) -> float:
+    """Sum of the cost of every Pallas kernel times how often it is called."""
+    return total(hlo, lambda each: cost(read_kernel(each)) if _is_kernel(each) else 0.0, branch=branch)
+
+
 def kernels(hlo: str) -> list[Kernel]:
     """Every Pallas kernel in the text, each once."""
-    calls = (each for part in computations(hlo).values() for each in part if "tpu_custom_call" in each.text)
-    return [read_kernel(each) for each in calls]
+    return [read_kernel(each) for part in computations(hlo).values() for each in part if _is_kernel(each)]
