@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moe.layers.param import matrix
-from moe.parallel.dispatch import Product, batched_product
+from moe.ops.products import BATCHED, Product
 from moe.parallel.mesh import Axes
 
 Activation = Literal["gelu", "swiglu"]
@@ -17,16 +17,23 @@ WEIGHT_AXES: dict[str, Axes] = {"w_in": ("embed", "mlp"), "w_gate": ("embed", "m
 
 
 def mlp(
-    weights: Weights, x: Float[Array, "*e n D"], activation: Activation, product: Product = batched_product
+    weights: Weights, x: Float[Array, "*e n D"], activation: Activation, product: Product = BATCHED
 ) -> Float[Array, "*e n D"]:
     """gelu: gelu(x w_in) w_out. swiglu (2002.05202): (silu(x w_gate) * x w_in) w_out. No biases.
 
-    w_in, w_gate [*e, D, F], w_out [*e, F, D]; computed in x's dtype, sums in float32. product(x, w): x times a matrix,
-    or times that of each row's expert.
+    w_in, w_gate [*e, D, F], w_out [*e, F, D]; computed in x's dtype, sums in float32. product: times a matrix, or times
+    that of each row's expert.
     """
     hidden = product(x, weights["w_in"])
-    hidden = jax.nn.silu(product(x, weights["w_gate"])) * hidden if activation == "swiglu" else jax.nn.gelu(hidden)
+    if activation == "swiglu":
+        hidden = product.elementwise(_gated, product(x, weights["w_gate"]), hidden)
+    else:
+        hidden = product.elementwise(jax.nn.gelu, hidden)
     return product(hidden, weights["w_out"])
+
+
+def _gated(gate: Array, up: Array) -> Array:
+    return jax.nn.silu(gate) * up
 
 
 def init_mlp(

@@ -34,10 +34,12 @@ def grouped_matmul(
     *,
     block: int = 1,
     implementation: str | None = None,
+    clean: bool = True,
 ) -> Float[Array, "N Y"]:
     """y_n = x_n w_e for the rows n of group e; float32 sums, in x's dtype.
 
-    Group e holds sizes_E[e] rows and begins where group e - 1 ends; rows past the last group give zeros.
+    Group e holds sizes_E[e] rows and begins where group e - 1 ends; rows past the last group give zeros, or without
+    `clean` anything, also in the gradient of x, which saves megablox to write them.
     block: every size, and N, is a multiple of it; megablox multiplies fewer rows twice if it is large.
     implementation: "blocks", a loop over products of some rows of one group each, as many as it has; "ragged_dot",
         `lax.ragged_dot`; "megablox", the Pallas kernel for TPUs that comes with JAX. None: blocks on CPU, megablox on
@@ -56,37 +58,43 @@ def grouped_matmul(
     x_NX, w_EXY = _vary_alike(x_NX, w_EXY)
     if x_NX.shape[0] == 0:
         return x_NX @ w_EXY[0].astype(x_NX.dtype)
-    return _product(x_NX, w_EXY, sizes_E, block, implementation)
+    return _product(x_NX, w_EXY, sizes_E, _How(block, implementation, clean))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _product(x: Array, w: Array, sizes: Array, block: int, implementation: str | None) -> Array:
-    return _rows_by_matrices(x, w.astype(x.dtype), sizes, block, implementation, transpose=False)
+class _How(NamedTuple):
+    """The settings of `grouped_matmul`."""
+
+    block: int
+    implementation: str | None
+    clean: bool
 
 
-def _forward(x: Array, w: Array, sizes: Array, block: int, implementation: str | None) -> Any:
-    return _product(x, w, sizes, block, implementation), (x, w, sizes)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _product(x: Array, w: Array, sizes: Array, how: _How) -> Array:
+    return _rows_by_matrices(x, w.astype(x.dtype), sizes, how, transpose=False)
 
 
-def _backward(block: int, implementation: str | None, saved: Any, dy: Array) -> tuple[Array, Array, None]:
+def _forward(x: Array, w: Array, sizes: Array, how: _How) -> Any:
+    return _product(x, w, sizes, how), (x, w, sizes)
+
+
+def _backward(how: _How, saved: Any, dy: Array) -> tuple[Array, Array, None]:
     x, w, sizes = saved
-    dx = _rows_by_matrices(dy, w.astype(dy.dtype), sizes, block, implementation, transpose=True)
-    return dx, _rows_by_rows(x, dy, sizes, block, implementation).astype(w.dtype), None
+    dx = _rows_by_matrices(dy, w.astype(dy.dtype), sizes, how, transpose=True)
+    return dx, _rows_by_rows(x, dy, sizes, how).astype(w.dtype), None
 
 
 _product.defvjp(_forward, _backward)
 
 
-def _rows_by_matrices(
-    x: Array, w: Array, sizes: Array, block: int, implementation: str | None, *, transpose: bool
-) -> Array:
+def _rows_by_matrices(x: Array, w: Array, sizes: Array, how: _How, *, transpose: bool) -> Array:
     """x_n w_e, or with `transpose` x_n w_e^T."""
     return _run(
-        implementation,
+        how.implementation,
         {
             "blocks": functools.partial(_blocks_by_matrices, transpose=transpose),
             "ragged_dot": functools.partial(_ragged_by_matrices, transpose=transpose),
-            "megablox": functools.partial(_megablox_by_matrices, block=block, transpose=transpose),
+            "megablox": functools.partial(_megablox_by_matrices, how=how, transpose=transpose),
         },
         x,
         w,
@@ -94,14 +102,14 @@ def _rows_by_matrices(
     )
 
 
-def _rows_by_rows(x: Array, y: Array, sizes: Array, block: int, implementation: str | None) -> Array:
+def _rows_by_rows(x: Array, y: Array, sizes: Array, how: _How) -> Array:
     """Σ_n x_n^T y_n over the rows of each group, [E, X, Y], float32."""
     return _run(
-        implementation,
+        how.implementation,
         {
             "blocks": _blocks_by_rows,
             "ragged_dot": _ragged_by_rows,
-            "megablox": functools.partial(_megablox_by_rows, block=block),
+            "megablox": functools.partial(_megablox_by_rows, block=how.block),
         },
         x,
         y,
@@ -246,7 +254,7 @@ def _used(rows: Array, sizes: Array) -> Array:
 # Megablox -------------------------------------------------------------------------------------------------------------
 
 
-def _megablox_by_matrices(x: Array, w: Array, sizes: Array, *, block: int, transpose: bool) -> Array:
+def _megablox_by_matrices(x: Array, w: Array, sizes: Array, *, how: _How, transpose: bool) -> Array:
     from jax.experimental.pallas.ops.tpu.megablox import gmm
 
     contraction, width = x.shape[1], w.shape[1] if transpose else w.shape[2]
@@ -255,8 +263,9 @@ def _megablox_by_matrices(x: Array, w: Array, sizes: Array, *, block: int, trans
     # tile of few rows waits for it to be read anew.
     pieces = -(-contraction * columns * w.dtype.itemsize // _TILE_BYTES)
     depth = contraction if pieces == 1 else -(-contraction // (128 * pieces)) * 128
-    tiles = (_row_tile(x.shape[0], block), depth, columns)
-    return _used(gmm(x, w, sizes, x.dtype, tiles, transpose_rhs=transpose), sizes)
+    tiles = (_row_tile(x.shape[0], how.block), depth, columns)
+    y = gmm(x, w, sizes, x.dtype, tiles, transpose_rhs=transpose)
+    return _used(y, sizes) if how.clean else y
 
 
 def _megablox_by_rows(x: Array, y: Array, sizes: Array, *, block: int) -> Array:

@@ -9,14 +9,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from moe.ops.grouped_matmul import grouped_matmul
 from moe.ops.permute import from_slots, group_rows, into_slots, seat
+from moe.ops.products import BATCHED, Grouped, Product
 from moe.parallel.exchange import Weights, through_experts_elsewhere, vary_like
 from moe.parallel.mesh import BATCH_AXES, Axes, batch_shards, partition_spec
 from moe.types import Assignments, Slots
 
-# (x, w) -> x times the matrix of each row's expert, in x's dtype.
-Product = Callable[[Array, Array], Array]
 ApplyExperts = Callable[[Weights, Float[Array, "*e n D"], Product], Float[Array, "*e n D"]]
 
 IMPLEMENTATIONS = ("einsum", "capacity", "dropless")
@@ -113,8 +111,10 @@ def dispatch(
         if not divides:
             return run(weights, x_GTD, routing)
         run = partial(run, expert_axis=expert_axis, tensor_axis=tensor_axis)
-    # Or the backward pass of a scan over layers would keep the matrices of every layer a second time.
-    run = jax.checkpoint(run, policy=_not_a_copy, prevent_cse=False)
+    if check_vma:
+        # Or the backward pass of a scan over layers would keep the matrices of every layer a second time. The kernel's
+        # own rule doesn't, and every array that a checkpoint keeps is read and written once more, to round it.
+        run = jax.checkpoint(run, policy=_not_a_copy, prevent_cse=False)
     if mesh.size == 1:
         return run(weights, x_GTD, routing)
     return jax.shard_map(
@@ -187,7 +187,7 @@ def _with_capacity(
     groups_here, experts_here = x_GECD.shape[:2]
 
     x_EnD = jnp.swapaxes(x_GECD, 0, 1).reshape(experts_here, groups_here * capacity, width)
-    y_EnD = apply_experts(weights, x_EnD, batched_product)
+    y_EnD = apply_experts(weights, x_EnD, BATCHED)
     if tensor_axis is not None:
         y_EnD = jax.lax.psum(y_EnD, tensor_axis)
     y_GECD = jnp.swapaxes(y_EnD.reshape(experts_here, groups_here, capacity, width), 0, 1)
@@ -196,11 +196,6 @@ def _with_capacity(
         y_GECD = jax.lax.all_to_all(y_GECD, expert_axis, split_axis=0, concat_axis=1, tiled=True)
     y_GSD = y_GECD.reshape(num_groups, num_experts * capacity, width)
     return jax.vmap(lambda y_SD, one: from_slots(y_SD, one, num_tokens))(y_GSD, seats), kept_G
-
-
-def batched_product(x: Float[Array, "*e n X"], w: Float[Array, "*e X Y"]) -> Float[Array, "*e n Y"]:
-    """x w in x's dtype, sums in float32."""
-    return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 def _without_capacity(
@@ -310,8 +305,7 @@ def _sorted_rows_through_experts(
     rows = group_rows(expert_N, valid_N, num_experts, block)
     index_P = index_N.at[rows.source].get(mode="fill", fill_value=x_SD.shape[0])
     x_PD = x_SD.at[index_P].get(mode="fill", fill_value=0)
-    product = partial(grouped_matmul, sizes_E=rows.sizes, block=block, implementation=implementation)
-    y_PD = apply_experts(weights, x_PD, product)
+    y_PD = apply_experts(weights, x_PD, Grouped(rows.sizes, block, implementation))
     if tensor_axis is not None:
         y_PD = jax.lax.psum(y_PD, tensor_axis)
     return y_PD.at[rows.place].get(mode="fill", fill_value=0)

@@ -1,0 +1,48 @@
+"""What an expert's network is made of, for experts side by side and for rows sorted by expert.
+
+product(x, w): x times the matrix of each row's expert, in x's dtype, sums in float32. product.elementwise(function,
+*arrays): function(*arrays), of arrays that products returned.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moe.ops.grouped_matmul import grouped_matmul
+from moe.ops.rowwise import map_rows
+
+
+class Batched:
+    """Every expert, or a dense network, with rows of its own."""
+
+    def __call__(self, x: Float[Array, "*e n X"], w: Float[Array, "*e X Y"]) -> Float[Array, "*e n Y"]:
+        return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+
+    def elementwise(self, function: Callable[..., Array], *arrays: Array) -> Array:
+        """function(*arrays)."""
+        return function(*arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grouped:
+    """`moe.ops.grouped_matmul` on rows in groups of these sizes. Rows past the last group are of no meaning."""
+
+    sizes_E: Int[Array, "E"]
+    block: int
+    implementation: str | None
+
+    def __call__(self, x: Float[Array, "N X"], w: Float[Array, "E X Y"]) -> Float[Array, "N Y"]:
+        return grouped_matmul(x, w, self.sizes_E, block=self.block, implementation=self.implementation, clean=False)
+
+    def elementwise(self, function: Callable[..., Array], *arrays: Float[Array, "N X"]) -> Float[Array, "N X"]:
+        """function(*arrays); on TPU of the rows in use alone, where there may be room for many more."""
+        if self.implementation == "megablox":
+            return map_rows(function, arrays, jnp.sum(self.sizes_E))
+        return function(*arrays)
+
+
+Product: TypeAlias = Batched | Grouped
+BATCHED = Batched()
