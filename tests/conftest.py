@@ -1,9 +1,12 @@
-"""Every test sees eight simulated devices, shapes checked against signatures, and no rank promotion."""
+"""Every test sees eight simulated devices, shapes checked against signatures, no rank promotion, and quick compiles."""
 
 import os
 
+from tests import compiling
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+_OURS = f"--xla_force_host_platform_device_count=8 {compiling.flags()}"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_OURS}".strip()
 
 import jax
 import pytest
