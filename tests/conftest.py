@@ -1,5 +1,6 @@
 """Every test sees eight simulated devices, shapes checked against signatures, no rank promotion, and quick compiles."""
 
+import gc
 import os
 
 from tests import compiling
@@ -13,6 +14,8 @@ import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tracing makes many objects and few cycles: a twentieth of the time went into looking for these.
+gc.set_threshold(100_000, 20, 20)
 install_import_hook("moe", "beartype.beartype")
 
 

@@ -22,7 +22,6 @@ from moe.models import ViTConfig
 from moe.optim import OptimizerConfig
 from moe.parallel.mesh import MeshConfig, make_mesh
 from moe.routers import ROUTERS, Router, Sigmoid, Softmax
-from tests.compiling import AS_USERS
 from tests.jaxprs import equations_of
 
 BATCH = 16
@@ -165,10 +164,13 @@ def _assert_equivalent(x: jax.Array, sharding: jax.sharding.Sharding) -> None:
 
 
 def test_the_expert_mesh_moves_tokens_and_not_weights() -> None:
-    """All-to-all in the compiled step; no all-gather as large as an expert's matrices."""
+    """All-to-all in the compiled step; no all-gather as large as an expert's matrices.
+
+    How well the compiler was to optimise each device's code makes no difference to these.
+    """
     config = dataclasses.replace(CONFIG, mesh=MESHES["data=2,expert=4"])
     step = train.make_step(config, make_mesh(config.mesh))
-    text = step.train.lower(step.abstract_state, step.abstract_batch).compile(AS_USERS).as_text()
+    text = step.train.lower(step.abstract_state, step.abstract_batch).compile().as_text()
     assert re.search(r"= .*\ball-to-all(-start)?\(", text)
     gathered = re.findall(r"= \(?(\w+\[[\d,]*\]).*?\ball-gather(?:-start)?\(", text)
     experts, width, hidden = config.moe.num_experts, config.model.width, config.moe.expert_width
@@ -301,7 +303,7 @@ def test_more_layers_take_more_memory_for_activations_alone() -> None:
 
     def temporary_bytes(depth: int) -> int:
         step = scanned_step("capacity", depth)
-        compiled = jax.jit(step.gradients).lower(step.abstract_state, step.abstract_batch).compile(AS_USERS)
+        compiled = jax.jit(step.gradients).lower(step.abstract_state, step.abstract_batch).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     expert_gradients = 4 * 8 * 2 * 128 * 128
