@@ -6,8 +6,9 @@ import os
 from tests import compiling
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_OURS = f"--xla_force_host_platform_device_count=8 {compiling.flags()}"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_OURS}".strip()
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", *compiling.FLAGS]
+).strip()
 
 import jax
 import pytest

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moe.ops.vocabulary import VocabularyLoss, vocabulary_loss, vocabulary_scores
-from tests.oracles import decoder, routing
 from tests.compiling import AS_USERS
+from tests.oracles import decoder, routing
 from tests.routers.helpers import COMPILER_OPTIONS
 
 BATCH, LENGTH, WIDTH, VOCABULARY = 3, 7, 4, 11
