@@ -5,7 +5,7 @@ from typing import Any
 
 # Most of the tests' time would go into optimising programs that run for microseconds. The fusion emitters, which take
 # as long as LLVM does, can be left out up to jaxlib 0.10.
-_FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}
+_FAST: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
 # Compiler options for a program as users compile it.
 AS_USERS: dict[str, Any] = {"xla_backend_optimization_level": 3}
 if metadata.version("jaxlib").startswith("0.10."):
