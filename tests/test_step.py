@@ -65,8 +65,10 @@ def run(config: Config, batch: dict[str, np.ndarray] | None = None) -> dict[str,
     shardings = jax.tree.map(lambda leaf: leaf.sharding, step.abstract_state)
     state = jax.device_put(fresh_state(config.router, config.moe.num_experts), shardings)
     arrays = train.to_devices(batch or make_batch(), ("image", "label"), mesh)
-    gradient, (metrics, router_state) = jax.device_get(jax.jit(step.gradients)(state, arrays))
-    return {"gradient": gradient, "metrics": metrics, "router_state": router_state, "state": state, "step": step}
+    gradients = jax.jit(step.gradients)
+    gradient, (metrics, router_state) = jax.device_get(gradients(state, arrays))
+    results = {"gradient": gradient, "metrics": metrics, "router_state": router_state}
+    return {**results, "program": gradients, "arguments": (state, arrays)}
 
 
 @functools.cache
@@ -162,10 +164,12 @@ def _assert_equivalent(x: jax.Array, sharding: jax.sharding.Sharding) -> None:
 
 
 def test_the_expert_mesh_moves_tokens_and_not_weights() -> None:
-    """All-to-all in the compiled step; no all-gather as large as an expert's matrices."""
+    """All-to-all in the compiled step; no all-gather as large as an expert's matrices.
+
+    How well the compiler was to optimise each device's code makes no difference to these.
+    """
     config = dataclasses.replace(CONFIG, mesh=MESHES["data=2,expert=4"])
     step = train.make_step(config, make_mesh(config.mesh))
-    jax.config.update("jax_disable_most_optimizations", False)
     text = step.train.lower(step.abstract_state, step.abstract_batch).compile().as_text()
     assert re.search(r"= .*\ball-to-all(-start)?\(", text)
     gathered = re.findall(r"= \(?(\w+\[[\d,]*\]).*?\ball-gather(?:-start)?\(", text)
@@ -331,7 +335,7 @@ def test_bf16_model_keeps_f32_parameters_and_router() -> None:
     actual, expected = run(dataclasses.replace(f32, model=model)), run(f32)
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(actual["gradient"]))
     assert actual["metrics"]["train"]["loss"] == pytest.approx(expected["metrics"]["train"]["loss"], rel=0.02)
-    text = jax.jit(actual["step"].gradients).lower(actual["state"], actual["step"].abstract_batch).as_text()
+    text = actual["program"].lower(*actual["arguments"]).as_text()
     assert "bf16" in text
     assert not re.search(r"tensor<[\dx]*x7xbf16>", text), "router logits in bfloat16"
 
@@ -350,12 +354,10 @@ def test_experts_that_the_expert_axis_does_not_divide_are_refused() -> None:
 
 
 def test_the_step_is_deterministic_and_noise_differs_between_steps() -> None:
-    config = one_device("softmax")
-    first, again = run(config), run(config)
+    first, again = reference("softmax"), run(one_device("softmax"))
     assert_same(first["gradient"], again["gradient"], tolerance=0.0)
-    batch = jax.tree.map(jnp.asarray, make_batch())
-    later = first["state"]._replace(step=jnp.int32(1))
-    other, _ = jax.jit(first["step"].gradients)(later, batch)
+    state, batch = again["arguments"]
+    other, _ = again["program"](state._replace(step=jax.device_put(jnp.int32(1), state.step.sharding)), batch)
     assert any(
         np.any(np.asarray(a) != b)
         for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(first["gradient"]), strict=True)

@@ -17,6 +17,7 @@ from moe import isotonic, topk
 from moe.isotonic import implementation, networks
 from moe.isotonic.kernels import dykstra, threshold
 from moe.isotonic.kernels.tiles import Tiling
+from tests.compiling import AS_USERS
 from tests.oracles import operators
 
 PS = (4 / 3, 3 / 2, 2.0)
@@ -32,8 +33,13 @@ def make_rows(rng: np.random.Generator, rows: int, n: int) -> np.ndarray:
     return np.concatenate([gaussian, ties, near]).astype(np.float32)
 
 
-# Merging the thousands of operations of an unrolled network takes XLA minutes, and running them then, too.
-COMPILER_OPTIONS = {"xla_disable_hlo_passes": "fusion,cpu-instruction-fusion", "xla_backend_optimization_level": 0}
+# Merging the thousands of operations of an unrolled network takes XLA minutes, and running them then, too. Without the
+# fusion emitters, jaxlib 0.10 compiles what isn't merged wrongly.
+COMPILER_OPTIONS = {
+    **AS_USERS,
+    "xla_backend_optimization_level": 0,
+    "xla_disable_hlo_passes": "fusion,cpu-instruction-fusion",
+}
 
 
 @functools.partial(jax.jit, static_argnames=("k", "p", "interpret"), compiler_options=COMPILER_OPTIONS)

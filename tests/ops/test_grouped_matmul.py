@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from moe.ops.grouped_matmul import cut, grouped_matmul
+from tests.compiling import AS_USERS
 from tests.flops import compiled_flops
 
 X, Y, BLOCK = 6, 10, 4
@@ -119,7 +120,7 @@ def program(implementation: str | None, rows: int, width: int, num_experts: int 
     sizes_E = jax.ShapeDtypeStruct((num_experts,), jnp.int32)
     product = functools.partial(grouped_matmul, implementation=implementation)
     step = jax.value_and_grad(lambda x, w, sizes_E: jnp.sum(jnp.sin(product(x, w, sizes_E))), argnums=(0, 1))
-    return jax.jit(step).lower(x, w, sizes_E).compile().as_text()
+    return jax.jit(step).lower(x, w, sizes_E).compile(AS_USERS).as_text()
 
 
 def test_compiled_flops_are_those_of_the_rows_and_a_block_per_expert() -> None:
