@@ -37,15 +37,14 @@ def check_images(data: pipeline.DataConfig, model: ViTConfig) -> dict[str, str]:
 
 
 def check_text(data: text.TextConfig, model: LmConfig) -> dict[str, str]:
-    """The manifests of the sources that have one, as "manifest/NAME".
+    """The manifest of every source, as "manifest/NAME".
 
     Raises ValueError if rows of text are longer than the model reads, or hold tokens that it doesn't know.
     """
     if data.length > model.length:
         raise ValueError(f"data.length = {data.length} tokens exceed model.length = {model.length}.")
-    info = text.inspect_text(data)
-    text.check_vocabulary(info, model.vocab_size)
-    return {f"manifest/{name}": sha256 for name, sha256 in info.manifests.items()}
+    text.check_vocabulary(data, model.vocab_size)
+    return {f"manifest/{name}": sha256 for name, sha256 in text.inspect_text(data).manifests.items()}
 
 
 TASKS: Mapping[str, Task] = {

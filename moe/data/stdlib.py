@@ -81,8 +81,12 @@ def source_names(root: Path) -> list[str]:
 
 def held_out(key: str | bytes) -> bool:
     """Whether the example of this key tests: whether the key's SHA-256, as a fraction of its range, is below 5 %."""
-    digest = hashlib.sha256(key.encode() if isinstance(key, str) else key).digest()
-    return int.from_bytes(digest[:8], "big") < HELD_OUT * 2**64
+    return is_low(hashlib.sha256(key.encode() if isinstance(key, str) else key).digest())
+
+
+def is_low(sha256: bytes) -> bool:
+    """Whether a SHA-256, as a fraction of its range, is below 5 %."""
+    return int.from_bytes(sha256[:8], "big") < HELD_OUT * 2**64
 
 
 def manifest_sha256(texts: dict[str, bytes]) -> str:
