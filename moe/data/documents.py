@@ -49,15 +49,6 @@ class Source:
     train_split: str = "train"
     test_split: str = "test"
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for an unknown format, or settings of another type."""
-        if self.format not in FORMATS:
-            raise ValueError(f"data.format is {self.format!r} for {self.name}: choose one of {', '.join(FORMATS)}")
-        for name in ("paths", "test_paths"):
-            if isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} of {self.name} is {getattr(self, name)!r}: give a list of files or patterns")
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists
-
     @property
     def is_files(self) -> bool:
         """Whether it is files rather than a tfds set."""

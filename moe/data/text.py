@@ -32,7 +32,7 @@ from jaxtyping import Int, Int32, Int64, Integer
 
 from moe.data.batches import Batch, HostBatches, Share, TrainIterator, check_seed, read_ahead
 from moe.data.corpus import Corpus, open_corpus
-from moe.data.documents import Source
+from moe.data.documents import FORMATS, Source
 from moe.data.source import open_builder, resolve_data_dir
 from moe.data.tokenizer import TokenizerConfig, open_tokenizer
 
@@ -100,11 +100,21 @@ def _entry(entry: Any) -> tuple[str, float, Mapping[str, Any]]:
         case [str(name), int() | float() as weight, *rest] if weight > 0 and len(rest) < 2:
             own = rest[0] if rest else {}
             if isinstance(own, Mapping) and not set(own) - set(_OWN):
-                return name, float(weight), own
+                return name, float(weight), {key: _own(name, key, value) for key, value in own.items()}
     raise ValueError(
         f"data.mixture has the entry {entry!r}: give (name, weight) with a weight above 0, or (name, weight, settings) "
         f"with settings of {', '.join(_OWN)}"
     )
+
+
+def _own(name: str, key: str, value: Any) -> Any:
+    """A setting of one source, of its type; JSON has lists for tuples."""
+    if key == "test_paths" and isinstance(value, list | tuple):
+        return tuple(str(path) for path in value)
+    if key == "test_paths" or not isinstance(value, str) or (key == "format" and value not in FORMATS):
+        kinds = {"test_paths": "a list of files or patterns", "format": f"one of {', '.join(FORMATS)}"}
+        raise ValueError(f"data.mixture has {key} = {value!r} for {name}: give {kinds.get(key, 'a name')}")
+    return value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,12 +5,21 @@ import json
 import numpy as np
 import pyarrow
 import pytest
+import tensorflow_datasets as tfds
 import tokenizers
 from pyarrow import parquet
 
 from moe.data import source
+from moe.data.generated import GeneratedInfo
 from moe.data.stdlib import held_out
-from moe.data.text import TextConfig, check_vocabulary, inspect_text, make_text_eval_batches, make_text_train_iterator
+from moe.data.text import (
+    TextConfig,
+    check_vocabulary,
+    inspect_text,
+    make_text_eval_batches,
+    make_text_train_iterator,
+    name_document,
+)
 from moe.data.tokenizer import TokenizerConfig, open_tokenizer
 
 END = 256
@@ -101,6 +110,22 @@ def test_every_epoch_has_another_order_of_documents_and_of_rows(config):
     assert len({documents for documents, _ in orders}) == len({rows for _, rows in orders}) == 4
 
 
+def test_a_run_goes_on_on_another_number_of_hosts(config):
+    """One host, then two, then four, each from what one of the hosts before had saved."""
+    whole = take(make_text_train_iterator(config, 12, 3, 0, 1), 6)
+    state, start = {"examples": 0}, 0
+    for hosts in (1, 2, 4):
+        several = [make_text_train_iterator(config, 12, 3, host, hosts) for host in range(hosts)]
+        for iterator in several:
+            iterator.set_state(json.loads(json.dumps(state)))
+        for _ in range(2):
+            parts = [next(iterator) for iterator in several]
+            batch = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+            assert_same(batch, {key: value[start : start + 12] for key, value in whole.items()})
+            start += 12
+        state = several[-1].get_state()
+
+
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_together_read_the_batches_of_one_from_any_state(config, hosts):
     whole = take(make_text_train_iterator(config, 12, 3, 0, 1), 6)
@@ -148,6 +173,96 @@ def test_a_mixture_reads_each_source_by_its_weight(config, tmp_path):
     np.testing.assert_array_equal(batch["tokens"].reshape(10, 2, 4, 8)[:, 1], second["tokens"].reshape(10, 4, 8))
     np.testing.assert_array_equal(batch["tokens"].reshape(10, 2, 4, 8)[:, 0], first["tokens"].reshape(10, 4, 8))
     assert inspect_text(mixed).train_documents == 2 + sum(not held_out(each.encode()) for each in DOCUMENTS[3:10])
+
+
+def test_begin_and_end_may_differ_and_nothing_is_predicted_across_documents(config, tmp_path):
+    """Each document reads <s> a b … and predicts a b … </s>, in training and in evaluation."""
+    vocabulary = {"<s>": 0, "</s>": 1, "?": 2}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    model.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    model.save(str(tmp_path / "words.json"))
+    words = dataclasses.replace(
+        config, tokenizer=TokenizerConfig("huggingface", str(tmp_path / "words.json")), shuffle=False
+    )
+    info = inspect_text(words)
+    assert (info.begin, info.end, info.train_tokens) == (0, 1, sum(1 + len(document) for document in DOCUMENTS))
+    rows = take(make_text_train_iterator(words, info.train_examples, 0, 0, 1), 1)
+    keep = rows["loss_mask"]
+    assert keep.sum() == info.train_tokens
+    assert rows["tokens"][keep].tolist() == [token for each in DOCUMENTS for token in [0, *[2] * len(each)]]
+    assert rows["targets"][keep].tolist() == [token for each in DOCUMENTS for token in [*[2] * len(each), 1]]
+    windows = take(iter(make_text_eval_batches(words, "test", 1, 0, 1)), None)
+    keep = windows["loss_mask"]
+    assert windows["tokens"][keep].tolist() == [token for each in DOCUMENTS[:5] for token in [0, *[2] * len(each)]]
+    assert windows["targets"][keep].tolist() == [token for each in DOCUMENTS[:5] for token in [*[2] * len(each), 1]]
+    sizes = [size for each in DOCUMENTS[:5] for size in [*(len(letter.encode()) for letter in each), 0]]
+    assert windows["target_bytes"][keep].tolist() == sizes
+
+
+def test_sources_of_a_mixture_may_have_settings_of_their_own(config, tmp_path, stdlib_dir):
+    lines = [json.dumps({"body": f"{'xyz'[i % 3] * 20}"}) for i in range(9)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    name = f"files:{tmp_path}/a.jsonl"
+    own = {"format": "jsonl", "field": "body", "test_paths": [f"{tmp_path}/a.jsonl"]}
+    entries = [[name, 1, own], ["files", 2.0], ["stdlib", 1, {"train_split": "train[:2]", "test_split": "test[:1]"}]]
+    mixed = dataclasses.replace(config, mixture=tuple(entries), data_dir=stdlib_dir, cache_dir=str(tmp_path / "c"))
+    batch = take(make_text_train_iterator(mixed, 8, 0, 0, 1), 2)
+    assert np.bincount(batch["source"]).tolist() == [4, 8, 4]
+    first = batch["source"] == 0
+    assert set(batch["tokens"][first].ravel()) <= {END, *b"xyz"}
+    document = int(batch["document"][first][0, 0])
+    assert name_document(mixed, "train", 0, document) == f"{tmp_path}/a.jsonl, line {document + 1}"
+    assert name_document(mixed, "train", 1, 12) == f"{tmp_path}/12.txt"
+    windows = take(iter(make_text_eval_batches(mixed, "test", 16, 0, 1)), None)
+    place = windows["source"].tolist()
+    known = [source for source in place if source >= 0]
+    assert known == sorted(known)
+    assert set(known) == {0, 1, 2}
+    assert known.count(0) == 9 * 3
+    with pytest.raises(ValueError, match=r"format = 'csv' for files:.*: give one of text, jsonl, parquet"):
+        dataclasses.replace(config, mixture=((name, 1, {"format": "csv"}),))
+    with pytest.raises(ValueError, match=r"give \(name, weight\) .* with settings of test_paths, format, field"):
+        dataclasses.replace(config, mixture=((name, 1, {"fields": "body"}),))
+    with pytest.raises(ValueError, match=r"test_paths = 'x' for files:.*: give a list"):
+        dataclasses.replace(config, mixture=((name, 1, {"test_paths": "x"}),))
+
+
+class Prose(tfds.core.GeneratorBasedBuilder):
+    """A set as tfds's own text sets are: of several configs, with other features beside the text."""
+
+    VERSION = tfds.core.Version("2.1.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in ("en", "de")]  # noqa: RUF012
+    TEXTS = {"train": ["The cat.", "", "Ein Käfer."], "validation": ["Sat."]}  # noqa: RUF012
+
+    def _info(self):
+        features = {"title": tfds.features.Text(), "text": tfds.features.Text(), "id": tfds.features.Scalar(np.int64)}
+        return GeneratedInfo(builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in self.TEXTS}
+
+    def _generate_examples(self, split):
+        for i, text in enumerate(self.TEXTS[split]):
+            yield i, {"title": f"title {i}", "text": text, "id": i}
+
+
+@pytest.mark.parametrize("name", ["prose/de", "prose/de:2.1.0"])
+def test_sets_of_tfds_are_read_by_name(tmp_path, name, capsys):
+    Prose(config="de", data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    config = TextConfig(name, data_dir=str(tmp_path), test_split="validation", length=32, threads=0, shuffle=False)
+    batch = next(make_text_train_iterator(config, 1, 0, 0, 1))
+    stream = [token for text in ("The cat.", "Ein Käfer.") for token in [END, *text.encode()]]
+    assert batch["tokens"][0].tolist() == stream + [0] * (32 - len(stream))
+    assert batch["document"][0].tolist() == [0] * 9 + [1] * 12 + [-1] * (32 - len(stream))
+    assert name_document(config, "train", 0, 1) == "prose/de/2.1.0[train], example 2"
+    assert "1 document (prose/de/2.1.0[train], example 1) without text left out" in capsys.readouterr().out
+    windows = take(iter(make_text_eval_batches(config, "validation", 1, 0, 1)), None)
+    assert windows["target_bytes"].sum() == 4
+    titles = dataclasses.replace(config, field="title", train_split="train[1:2]")
+    assert bytes(next(make_text_train_iterator(titles, 1, 0, 0, 1))["tokens"][0, 1:8].tolist()) == b"title 1"
+    with pytest.raises(ValueError, match=r"feature 'id' of data set prose/de/2.1.0\[train\] is not text"):
+        inspect_text(dataclasses.replace(config, field="id"))
 
 
 @pytest.mark.parametrize(("batch_size", "hosts"), [(4, 1), (4, 2), (100, 1)])
@@ -238,9 +353,10 @@ def test_files_hold_out_documents_by_the_hash_of_their_text(tmp_path, form):
         (b'{"text": "a"}\n{"body": "b"}\n', {"format": "jsonl"}, r"/x, line 2 has no text in field 'text'"),
         (b'{"text": "a"}\n["text"]\n', {"format": "jsonl"}, r"/x, line 2 has no text in field 'text'"),
         (b'{"text": "a"}\n\n{"te\n', {"format": "jsonl"}, r"/x, line 3 is not JSON"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', {"format": "jsonl"}, r"/x, line 2: byte 24 of the file is not UTF-8"),
         (b"text", {"format": "parquet"}, r"file .*/x is not Parquet .*: is data.format right"),
         (pyarrow.table({"body": ["b"]}), {"format": "parquet"}, r"/x has no column 'text' \(it has body\)"),
-        (pyarrow.table({"text": ["b", None]}), {"format": "parquet"}, r"/x, row 2 has no text in column 'text'"),
+        (pyarrow.table({"text": ["b", None] * 9}), {"format": "parquet"}, r"/x, row 2 has no text in column 'text'"),
         (b"text", {"name": "stdlib", "train_split": "valid"}, r"stdlib/.* has no split 'valid'.*: choose one of train"),
         (b"text", {"name": "stdlib", "field": "body"}, r"stdlib/.* has no feature 'body' \(it has name, text\)"),
         (b"text", {"name": "prose"}, r"'prose' is neither built in \(digits, stdlib\) nor prepared"),
