@@ -29,7 +29,7 @@ def evaluate_checkpoint(config: Config, workdir: Path, wanted: int | None) -> di
     with cli.usage_errors():
         mesh = make_mesh(config.mesh)
         task = TASKS[config.model.task]
-        task.check_data(config.data, config.model)
+        facts = task.check_data(config.data, config.model)
         hosts = (jax.process_index(), jax.process_count())
         batches = task.make_eval_batches(config.data, config.data.test_split, config.batch_size, *hosts)
         step = make_step(config, mesh)
@@ -38,6 +38,7 @@ def evaluate_checkpoint(config: Config, workdir: Path, wanted: int | None) -> di
     return {
         "step": chosen,
         **flatten(measures, "test"),
+        **facts,
         "params/sha256": params_sha256(variables.params),
     }
 

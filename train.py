@@ -184,7 +184,7 @@ def train(config: Config, table: ml_collections.ConfigDict, workdir: Path) -> di
     with cli.usage_errors():
         mesh = make_mesh(config.mesh)
         task = TASKS[config.model.task]
-        task.check_data(config.data, config.model)
+        facts = task.check_data(config.data, config.model)
         hosts = (jax.process_index(), jax.process_count())
         examples = task.make_train_iterator(config.data, config.batch_size, config.seed, *hosts)
         test_batches = task.make_eval_batches(config.data, config.data.test_split, config.batch_size, *hosts)
@@ -197,6 +197,8 @@ def train(config: Config, table: ml_collections.ConfigDict, workdir: Path) -> di
             initial = plan_initial(config, step.abstract_state.variables)
         for difference in open_workdir(workdir, table):
             print(f"the config differs from the one that began this run: {difference}")
+    for name, value in facts.items():
+        print(f"{name}: {value}")
     train_step = lowered.compile()
 
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
@@ -237,6 +239,7 @@ def train(config: Config, table: ml_collections.ConfigDict, workdir: Path) -> di
     result = {
         "step": int(state.step),
         **flatten(test, "test"),
+        **facts,
         "params/sha256": params_sha256(state.variables.params),
     }
     write_json(workdir / "result.json", result)

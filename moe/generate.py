@@ -120,7 +120,7 @@ def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int, 
             f"the tokenizer has {tokenizer.vocab_size} tokens, and model.vocab_size is {config.vocab_size}: it isn't "
             "the one that the model was trained with."
         )
-    prompts = [[tokenizer.end, *(int(token) for token in tokenizer.encode(text))] for text in texts]
+    prompts = [[tokenizer.begin, *(int(token) for token in tokenizer.encode(text))] for text in texts]
     longest = max(map(len, prompts))
     if longest + max_tokens > config.length:
         raise ValueError(

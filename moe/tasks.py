@@ -12,33 +12,39 @@ class Task(NamedTuple):
     """The data and measures of one kind of model; `config.model.task` names it.
 
     data: the class of the config's table `data`.
-    check_data(data, model): raises ValueError if the data of a config don't fit its model.
+    check_data(data, model): what a result depends on besides the config, to be recorded with it, by name; raises
+        ValueError if the data of a config don't fit its model.
     make_train_iterator, make_eval_batches: as in `moe.data.pipeline`.
     evaluate(predict, variables, batches): measures by name, of what `Model.score` returns for every batch.
     """
 
     data: type
-    check_data: Callable[[Any, Any], None]
+    check_data: Callable[[Any, Any], dict[str, str]]
     make_train_iterator: Callable[..., Any]
     make_eval_batches: Callable[..., Any]
     evaluate: Callable[..., dict[str, float]]
 
 
-def check_images(data: pipeline.DataConfig, model: ViTConfig) -> None:
-    """Raises ValueError if the images or their classes don't fit the model."""
+def check_images(data: pipeline.DataConfig, model: ViTConfig) -> dict[str, str]:
+    """Nothing to record. Raises ValueError if the images or their classes don't fit the model."""
     info = pipeline.inspect_data(data)
     if info.classes != model.num_classes or info.image_shape != tuple(model.image_size):
         raise ValueError(
             f"data set {data.name} has {info.classes} classes and images of {info.image_shape}, but "
             f"model.num_classes = {model.num_classes} and model.image_size = {model.image_size}."
         )
+    return {}
 
 
-def check_text(data: text.TextConfig, model: LmConfig) -> None:
-    """Raises ValueError if rows of text are longer than the model reads, or hold tokens that it doesn't know."""
+def check_text(data: text.TextConfig, model: LmConfig) -> dict[str, str]:
+    """The manifest of every source, as "manifest/NAME".
+
+    Raises ValueError if rows of text are longer than the model reads, or hold tokens that it doesn't know.
+    """
     if data.length > model.length:
         raise ValueError(f"data.length = {data.length} tokens exceed model.length = {model.length}.")
-    text.check_vocabulary(text.inspect_text(data), model.vocab_size)
+    text.check_vocabulary(data, model.vocab_size)
+    return {f"manifest/{name}": sha256 for name, sha256 in text.inspect_text(data).manifests.items()}
 
 
 TASKS: Mapping[str, Task] = {

@@ -42,9 +42,10 @@ TABLE = {
 
 
 class Few(Bytes):
-    """As many tokens as the small models have, and no end."""
+    """As many tokens as the small models have, and neither begin nor end among them."""
 
     vocab_size = VOCABULARY
+    begin = -2
     end = -1
 
 
@@ -123,7 +124,7 @@ def test_sampling_out_of_range_and_prompts_that_do_not_fit_are_refused() -> None
             encode_prompts(Bytes(), texts, count, dataclasses.replace(PLAIN, vocab_size=257))
     with pytest.raises(ValueError, match=rf"the tokenizer has 257 tokens, and model.vocab_size is {VOCABULARY}"):
         encode_prompts(Bytes(), ["a"], 1, PLAIN)
-    assert encode_prompts(Few(), ["A", ""], 1, PLAIN) == [[-1, 65], [-1]]
+    assert encode_prompts(Few(), ["A", ""], 1, PLAIN) == [[-2, 65], [-2]]
 
 
 def test_generation_ends_with_the_last_text() -> None:

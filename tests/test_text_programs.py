@@ -1,5 +1,6 @@
 """The programs on text as a user runs them: train on files, evaluate, generate; mistakes in one sentence."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         (tmp_path / f"{number}.txt").write_text(text)
     path = tmp_path / "config.py"
     path.write_text(CONFIG.replace("PATH", repr(str(tmp_path / "*.txt"))))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "datasets"))
     devices = jax.devices()[:4]
     monkeypatch.setattr(jax, "devices", lambda: devices)
     return f"--config={path}"
@@ -52,13 +54,17 @@ def run(program: object, *argv: str) -> int:
 def test_train_evaluate_and_generate(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     workdir = tmp_path / "run"
     assert run(train, config, f"--workdir={workdir}") == 0
-    assert "test bits_per_byte" in capsys.readouterr().out
+    out = capsys.readouterr().out
     result = json.loads((workdir / "result.json").read_text())
+    assert "test bits_per_byte" in out
+    assert f"manifest/files: {result['manifest/files']}\n" in out
     size = sum(len(path.read_bytes()) for path in tmp_path.glob("*.txt"))
     # Every byte is a target, and the end of each of the two texts is one as well, which stands for none.
     expected = result["test/loss"] * (size + 2) / size / np.log(2)
     assert result["test/bits_per_byte"] == pytest.approx(expected, rel=1e-6)
     assert result["test/perplexity"] == pytest.approx(np.exp(result["test/loss"]), rel=1e-6)
+    each = [hashlib.sha256(path.read_bytes()).digest() for path in sorted(tmp_path.glob("*.txt"))]
+    assert result["manifest/files"] == hashlib.sha256(b"".join(each)).hexdigest()
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = [line["train/cross_entropy"] for line in lines if "train/loss" in line]
     assert len(losses) == 3

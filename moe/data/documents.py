@@ -1,93 +1,240 @@
-"""Documents of text as bytes: of a prepared tfds set, or of files that a user has."""
+"""Documents of text as bytes, read one after another: of a prepared tfds set, or of files that a user has."""
 
+import dataclasses
+import functools
 import glob
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import pyarrow
 from pyarrow import parquet
 
 from moe.data.source import open_builder, open_split
-from moe.data.stdlib import held_out
+from moe.data.stdlib import held_out, is_low
 
 FORMATS = ("text", "jsonl", "parquet")
 _READ = 1024  # examples of a tfds set, or rows of a Parquet file, that are read at once
+_BLOCK = 2**24  # bytes of a text file that are read at once
+# Against files without any document of a split; the second: whether there are test_paths.
+_REMEDIES = {
+    ("train", True): "name other files in data.paths",
+    ("train", False): "the hash of their texts kept all for testing: name the files to test on in data.test_paths",
+    ("test", True): "name other files in data.test_paths",
+    ("test", False): "the hash of their texts, which keeps 5 %, kept none for testing: name the files to test on in "
+    "data.test_paths",
+}
 
 
-def set_documents(name: str, split: str, field: str, data_dir: str) -> Iterator[tuple[str, bytes]]:
-    """(a name for errors, text) of every example of a split of a tfds set, in its order.
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where documents come from.
 
-    Raises ValueError if the set, its split or its feature `field` isn't there; other errors as `open_builder`.
+    name: a tfds set; "files" for those of `paths`; or "files:PATTERN" for those that match. weight: share of the rows
+    in training, next to other sources. format: of files: "text": a document per file; "jsonl": one per line;
+    "parquet": one per row. field: key or column of the text, in JSONL and Parquet; feature, in tfds sets.
+    test_paths: files of the test split; if there are none, it is the documents of the others whose texts hash lowest
+    (5 %), so that copies of a text stay on the same side. train_split, test_split: of a tfds set, also slices:
+    "train[:10%]"; files have train and test.
     """
-    builder = open_builder(name, data_dir)
+
+    name: str
+    weight: float = 1.0
+    paths: tuple[str, ...] = ()
+    test_paths: tuple[str, ...] = ()
+    format: Literal["text", "jsonl", "parquet"] = "text"
+    field: str = "text"
+    train_split: str = "train"
+    test_split: str = "test"
+
+    @property
+    def is_files(self) -> bool:
+        """Whether it is files rather than a tfds set."""
+        return self.name.partition(":")[0] == "files"
+
+
+class Document(NamedTuple):
+    """A document: the number of its file, its place there (see `Documents.name`), and its text, in pieces."""
+
+    file: int
+    place: int
+    pieces: Iterable[bytes]
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """A split of a source.
+
+    label: name of the split, for messages. files: names of what documents are numbered in: of files, or of the set.
+    unit: what a document is there: "line", "row", "example"; "" if a file is a document. identity: plain data that
+    change when what is read does: names, sizes and times of change of all files, not their contents. read: all
+    documents in order; raises ValueError where one cannot be read. remedy: what to do if there are none. notes:
+    what is left out.
+    """
+
+    label: str
+    files: tuple[str, ...]
+    unit: str
+    identity: Mapping[str, Any]
+    read: Callable[[], Iterator[Document]]
+    remedy: str
+    notes: tuple[str, ...] = ()
+
+
+def name_document(files: Sequence[str], unit: str, file: int, place: int) -> str:
+    """What a message calls a document, such as "a.jsonl, line 3"."""
+    return f"{files[file]}, {unit} {place}" if unit else files[file]
+
+
+def open_documents(source: Source, split: str, data_dir: str) -> Documents:
+    """The documents of a split of a source.
+
+    Raises:
+        ValueError: the set, its split or its feature `field` isn't there, a path matches nothing, a file that is named
+            without a pattern is empty, or files have no such split.
+        OSError: a set of `moe.data.source.BUILDERS` cannot be written under `data_dir`.
+    """
+    return _open_files(source, split) if source.is_files else _open_set(source, split, data_dir)
+
+
+def _open_set(source: Source, split: str, data_dir: str) -> Documents:
+    builder = open_builder(source.name, data_dir)
     info = builder.info
-    if field not in info.features:
+    if source.field not in info.features:
         raise ValueError(
-            f"data set {info.full_name} has no feature {field!r} (it has {', '.join(info.features)}): set data.field"
+            f"data set {info.full_name} has no feature {source.field!r} (it has {', '.join(info.features)}): set "
+            "data.field"
         )
+    label = f"{info.full_name}[{split}]"
     examples = open_split(builder, split)
+    stored = sorted(path for path in Path(builder.data_dir).iterdir() if path.is_file())
+    return Documents(
+        label=label,
+        files=(label,),
+        unit="example",
+        identity={"set": label, "field": source.field, "files": [_stamp(path) for path in stored]},
+        read=functools.partial(_read_set, examples, source.field, label),
+        remedy="choose another split",
+    )
+
+
+def _read_set(examples: Any, field: str, label: str) -> Iterator[Document]:
     for start in range(0, len(examples), _READ):
         indices = range(start, min(start + _READ, len(examples)))
         for index, example in zip(indices, examples.__getitems__(list(indices)), strict=True):
             text = example[field]
-            yield f"{info.full_name}[{split}], example {index}", text.encode() if isinstance(text, str) else text
+            if not isinstance(text, str | bytes):
+                raise ValueError(f"feature {field!r} of data set {label} is not text: set data.field to one that is")
+            yield Document(0, index, (text.encode() if isinstance(text, str) else text,))
 
 
-def file_documents(
-    paths: Sequence[str], split: str, form: str, field: str, test_paths: Sequence[str]
-) -> Iterator[tuple[str, bytes]]:
-    """(a name for errors, text) of every document of the split "train" or "test" of files, in the order of their names.
-
-    The test split is that of `test_paths` if there are any; otherwise the documents of `paths` whose texts hash lowest
-    (5 %), so that copies of a text stay on the same side.
-
-    Args:
-        paths: files, or patterns of `glob` with ** for any folders.
-        split: "train" or "test".
-        form: "text": a document per file; "jsonl": one per line; "parquet": one per row.
-        field: key or column of the text, in JSONL and Parquet.
-        test_paths: files of the test split, likewise.
-
-    Raises:
-        ValueError: a path matches nothing, a file is empty or not of this form, or there is no such split.
-    """
+def _open_files(source: Source, split: str) -> Documents:
     if split not in ("train", "test"):
         raise ValueError(
             f"files have no split {split!r}: choose train or test (set data.test_paths to name test files)"
         )
-    read = {"text": _text, "jsonl": _jsonl, "parquet": _parquet}[form]
-    for path in _expand(test_paths if split == "test" and test_paths else paths):
-        for name, text in read(path, field):
-            if test_paths or held_out(text) == (split == "test"):
-                yield name, text
+    pattern = source.name.partition(":")[2]
+    of_test = split == "test" and source.test_paths
+    found, empty = _expand(source.test_paths if of_test else (pattern,) if pattern else source.paths)
+    unit, read = {"text": ("", _text), "jsonl": ("line", _jsonl), "parquet": ("row", _parquet)}[source.format]
+    side = None if source.test_paths else split == "test"
+    label = f"{source.name}[{split}]"
+    return Documents(
+        label=label,
+        files=tuple(found),
+        unit=unit,
+        identity={
+            "files": [_stamp(Path(path)) for path in found],
+            "format": source.format,
+            "field": source.field,
+            "side": side,
+        },
+        read=functools.partial(_read_files, read, found, source.field, side),
+        remedy=_REMEDIES[split, bool(source.test_paths)],
+        notes=(f"{label}: {count_names(empty, 'empty file')} left out",) if empty else (),
+    )
 
 
-def _expand(paths: Sequence[str]) -> list[str]:
-    """The files that paths and patterns name, each once; empty files only if a pattern found them."""
+def _read_files(
+    read: Callable[[str, str, bool | None], Iterator[tuple[int, Iterable[bytes]]]],
+    paths: Sequence[str],
+    field: str,
+    side: bool | None,
+) -> Iterator[Document]:
+    for number, path in enumerate(paths):
+        for place, pieces in read(path, field, side):
+            yield Document(number, place, pieces)
+
+
+def _stamp(path: Path) -> list[Any]:
+    state = path.stat()
+    return [str(path.absolute()), state.st_size, state.st_mtime_ns]
+
+
+def count_names(names: Sequence[str], what: str) -> str:
+    """How many there are, and the first of them: "2 files (a, b)"."""
+    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return f"{len(names)} {what}{'s' if len(names) > 1 else ''} ({shown})"
+
+
+def _expand(paths: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The files that paths and patterns name, each once, and the empty ones that only a pattern found."""
     found: list[str] = []
     for path in paths:
-        matches = [match for match in sorted(glob.glob(path, recursive=True)) if Path(match).is_file()]
+        # A name may hold letters that patterns give a meaning, such as brackets.
+        matches = [path] if Path(path).is_file() else sorted(glob.glob(path, recursive=True))
+        matches = [match for match in matches if Path(match).is_file()]
         if not matches:
             raise ValueError(f"there is no file {path}: correct data.paths or data.test_paths")
         if matches == [path] and not Path(path).stat().st_size:
             raise ValueError(f"file {path} is empty: leave it out of data.paths and data.test_paths")
         found += matches
-    return list(dict.fromkeys(found))
+    once = list(dict.fromkeys(found))
+    empty = [path for path in once if not Path(path).stat().st_size]
+    return [path for path in once if path not in set(empty)], empty
 
 
-def _text(path: str, field: str) -> Iterator[tuple[str, bytes]]:
+def _text(path: str, field: str, side: bool | None) -> Iterator[tuple[int, Iterable[bytes]]]:
     del field
-    yield path, Path(path).read_bytes()
+    if side is not None:
+        with open(path, "rb") as file:
+            if is_low(hashlib.file_digest(file, "sha256").digest()) != side:
+                return
+    yield 0, _pieces(path)
 
 
-def _jsonl(path: str, field: str) -> Iterator[tuple[str, bytes]]:
+def _pieces(path: str) -> Iterator[bytes]:
+    """The file, cut behind a line's end, or else before a character, where it is too long to be read at once."""
+    rest = b""
+    with open(path, "rb") as file:
+        block = file.read(_BLOCK)
+        while following := file.read(_BLOCK):
+            block = rest + block
+            cut = block.rfind(b"\n") + 1
+            if not cut:  # the last byte that doesn't continue a character, if there is one
+                cut = next((i for i in range(len(block) - 1, max(len(block) - 4, 0), -1) if block[i] & 0xC0 != 0x80), 0)
+            cut = cut or len(block)
+            yield block[:cut]
+            rest, block = block[cut:], following
+    yield rest + block
+
+
+def _jsonl(path: str, field: str, side: bool | None) -> Iterator[tuple[int, Iterable[bytes]]]:
+    offset = 0
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
+            start, offset = offset, offset + len(line)
             if not line.strip():
                 continue
             try:
                 document = json.loads(line)
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number}: byte {start + error.start} of the file is not UTF-8, as JSON has to be: "
+                    "convert the file, or is data.format right?"
+                ) from error
             except ValueError as error:
                 raise ValueError(f"{path}, line {number} is not JSON ({error}): is data.format right?") from error
             if not isinstance(document, dict) or not isinstance(document.get(field), str):
@@ -95,10 +242,12 @@ def _jsonl(path: str, field: str) -> Iterator[tuple[str, bytes]]:
                     f"{path}, line {number} has no text in field {field!r}: correct data.field or the line"
                 )
             # A lone surrogate is valid JSON and no valid text; the tokenizer decides about its bytes.
-            yield f"{path}, line {number}", document[field].encode(errors="surrogatepass")
+            text = document[field].encode(errors="surrogatepass")
+            if side is None or held_out(text) == side:
+                yield number, (text,)
 
 
-def _parquet(path: str, field: str) -> Iterator[tuple[str, bytes]]:
+def _parquet(path: str, field: str, side: bool | None) -> Iterator[tuple[int, Iterable[bytes]]]:
     try:
         file = parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
@@ -109,10 +258,15 @@ def _parquet(path: str, field: str) -> Iterator[tuple[str, bytes]]:
             raise ValueError(f"file {path} has no column {field!r} (it has {columns}): correct data.field")
         row = 0
         for batch in file.iter_batches(batch_size=_READ, columns=[field]):
-            for text in batch.column(0).to_pylist():
+            column = batch.column(0)
+            if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+                # As bytes: only the tokenizer knows whether they have to be UTF-8.
+                column = column.view(pyarrow.binary() if column.type == pyarrow.string() else pyarrow.large_binary())
+            for text in column.to_pylist():
                 row += 1
                 if not isinstance(text, str | bytes):
                     raise ValueError(
                         f"{path}, row {row} has no text in column {field!r}: correct data.field or the row"
                     )
-                yield f"{path}, row {row}", text.encode() if isinstance(text, str) else text
+                if side is None or held_out(text) == side:
+                    yield row, (text.encode() if isinstance(text, str) else text,)

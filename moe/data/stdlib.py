@@ -13,10 +13,11 @@ import tensorflow_datasets as tfds
 from moe.data.generated import GeneratedInfo
 
 HELD_OUT = 0.05  # share of the files that are kept to test on
-_WITHOUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+# Tests, wherever they stand, and what only Windows installs.
+_WITHOUT = {"test", "tests", "idle_test", "msilib"}
 
 _DESCRIPTION = """\
-The .py files of the standard library of the Python that wrote this set, without its test packages and without installed
+The .py files of the modules that the Python that wrote this set lists as its standard library, without its test
 packages, one example per file, in the order of their names. A file tests if the hash of its name says so (5 %)."""
 
 
@@ -25,8 +26,14 @@ class Stdlib(tfds.core.GeneratorBasedBuilder):
 
     Splits: train; test, the 5 % of files whose names hash lowest (`held_out`), so that a file stays on its side
     whatever else a version of Python adds. The set has the version of Python, as each has sources of its own; the
-    metadata hold `manifest_sha256`, the hash of a list of all files' hashes and names, and `bytes`.
+    metadata hold `manifest_sha256`, the hash of a list of all files' hashes and names, and `bytes`. Only modules of
+    `sys.stdlib_module_names` count, which is the same on all platforms: so nothing that a build or an installer writes
+    beside them (`_sysconfigdata*`, `config-3.*`, `site-packages`, `sitecustomize.py`), and a version of Python has one
+    manifest wherever its sources are installed whole and unchanged.
     """
+
+    # The name changes with what is chosen, so that a set chosen otherwise, from before, isn't taken for this one.
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="modules", description="Modules listed, no tests.")]  # noqa: RUF012
 
     VERSION = tfds.core.Version("{}.{}.{}".format(*sys.version_info[:3]))
     RELEASE_NOTES = {str(VERSION): "The sources of this version."}  # noqa: RUF012, the base class declares it so
@@ -64,18 +71,22 @@ class Stdlib(tfds.core.GeneratorBasedBuilder):
 
 
 def source_names(root: Path) -> list[str]:
-    """The .py files below `root`, sorted, with slashes; not those in folders of tests or of installed packages."""
+    """The .py files below `root` of modules of the standard library, sorted, with slashes; not those of tests."""
     names = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in _WITHOUT]
         names += [(Path(folder) / name).relative_to(root).as_posix() for name in files if name.endswith(".py")]
-    return sorted(names)
+    return sorted(name for name in names if name.partition("/")[0].removesuffix(".py") in sys.stdlib_module_names)
 
 
 def held_out(key: str | bytes) -> bool:
     """Whether the example of this key tests: whether the key's SHA-256, as a fraction of its range, is below 5 %."""
-    digest = hashlib.sha256(key.encode() if isinstance(key, str) else key).digest()
-    return int.from_bytes(digest[:8], "big") < HELD_OUT * 2**64
+    return is_low(hashlib.sha256(key.encode() if isinstance(key, str) else key).digest())
+
+
+def is_low(sha256: bytes) -> bool:
+    """Whether a SHA-256, as a fraction of its range, is below 5 %."""
+    return int.from_bytes(sha256[:8], "big") < HELD_OUT * 2**64
 
 
 def manifest_sha256(texts: dict[str, bytes]) -> str:

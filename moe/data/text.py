@@ -2,24 +2,28 @@
 
 A batch is a dict of NumPy arrays [B, L]: tokens, int32; targets, int32, the token that follows each; segment, int32,
 the number of a token's document within its row, from 1, and 0 for padding; position, int32, the token's place in its
-document, or in its row if the document began before; loss_mask, bool, whether the target counts; and index, int32 [B],
-the row's number in its epoch. Evaluation adds mask, bool [B], False for rows that only fill up the last batch, and
-target_bytes, int32 [B, L], the bytes of text that a target stands for.
+document, or in its row if the document began before; loss_mask, bool, whether the target counts; document, int32, the
+number of a token's document in its source's split, -1 for padding; and, int32 [B], source, the number of the source,
+and index, the row's number in its source's epoch, or in the split (`name_document` has names for them). Evaluation adds
+mask, bool [B], False for rows that only fill up the last batch, and target_bytes, int32 [B, L], the bytes of text that
+a target stands for.
 
-The end token stands before every document, so that its first token is predicted too, and the last token of a document
-predicts the end. Training lays all documents of an epoch end to end, in an order of the epoch's own, and cuts the
-stream into rows of L targets; the rows of an epoch are shuffled in turn, since those of a long document follow each
-other. The last row of an epoch is filled up with padding. So every token is a target once in an epoch, and a row
-depends on the seed, the epoch and its number alone: see `moe.data.batches` for hosts, threads and resuming.
+A document is read from the tokenizer's begin token on, so that its first token is predicted too, and its last token
+predicts the end token, which is never read; one token may be both. So every token that is read has a target, and no
+target lies beyond a document's end. Training lays all documents of an epoch end to end, in an order of the epoch's own,
+and cuts the stream into rows of L targets; the rows of an epoch are shuffled in turn, since those of a long document
+follow each other. The last row of an epoch is filled up with padding. So every token is a target once in an epoch, and
+a row depends on the seed, the epoch and its number alone: see `moe.data.batches` for hosts, threads and resuming.
 
-Tokens are held in memory, with 2 bytes each for vocabularies up to 65 536 and 4 above, by every host and by every
-worker process; `MAX_TOKENS` is the most that a split may have.
+Tokens stay on disk (`moe.data.corpus`), 2 bytes each for vocabularies up to 65 536 and 4 above. In memory there are
+some 40 bytes per document and 8 per row of an epoch.
 """
 
 import dataclasses
 import functools
+import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import grain
@@ -27,11 +31,13 @@ import numpy as np
 from jaxtyping import Int, Int32, Int64, Integer
 
 from moe.data.batches import Batch, HostBatches, Share, TrainIterator, check_seed, read_ahead
-from moe.data.documents import file_documents, set_documents
+from moe.data.corpus import Corpus, open_corpus
+from moe.data.documents import FORMATS, Source
 from moe.data.source import open_builder, resolve_data_dir
-from moe.data.tokenizer import Tokenizer, TokenizerConfig, open_tokenizer
+from moe.data.tokenizer import TokenizerConfig, open_tokenizer
 
-MAX_TOKENS = 2**31
+# What a source of a mixture may have of its own.
+_OWN = ("test_paths", "format", "field", "train_split", "test_split")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +45,14 @@ class TextConfig:
     """Which text, and how it is read.
 
     name: "stdlib"; another tfds set that is prepared in `data_dir`; "files" for those of `paths`; or "files:PATTERN".
-    mixture: pairs (name, weight): instead of `name`, several sources, each with its share of the training rows;
-        evaluation reads the test splits of all.
-    paths, test_paths, format, field: see `moe.data.documents.file_documents`; field is also the feature of tfds sets.
+    mixture: entries (name, weight): instead of `name`, several sources, each with its share of the training rows;
+        evaluation reads the test splits of all. (name, weight, {"format": "jsonl", …}) sets for that source alone what
+        would otherwise be the same for all: test_paths, format, field, train_split, test_split.
+    paths, test_paths, format, field, train_split, test_split: see `moe.data.documents.Source`. Patterns in
+        a mixture have test_paths of their own, if any.
     tokenizer: how text becomes tokens. length: L, tokens in a row.
-    train_split, test_split: of a tfds set, also slices: "train[:10%]"; files have train and test.
     shuffle: whether documents and rows have an order of their own in every epoch, or else the stored one.
+    cache_dir: where tokens are kept; empty for the folder `tokens` in that of the data sets.
     data_dir, threads, workers, prefetch: as for images (`moe.data.pipeline.DataConfig`).
     """
 
@@ -57,6 +65,7 @@ class TextConfig:
     tokenizer: TokenizerConfig = TokenizerConfig()
     length: int = 256
     data_dir: str = ""
+    cache_dir: str = ""
     train_split: str = "train"
     test_split: str = "test"
     shuffle: bool = True
@@ -69,30 +78,56 @@ class TextConfig:
         for name, least in (("length", 1), ("threads", 0), ("workers", 0), ("prefetch", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name} is {getattr(self, name)}: it must be at least {least}")
-        for entry in self.mixture:
-            if len(entry) != 2 or not isinstance(entry[0], str) or not entry[1] > 0:
-                raise ValueError(
-                    f"data.mixture has the entry {entry!r}: give pairs (name, weight) with weights above 0"
-                )
-        if "files" in self.shares and not self.paths:
-            raise ValueError("data.name is 'files', but data.paths is empty: name the files, or patterns of them")
+        for source in self.sources:
+            if source.name == "files" and not self.paths:
+                raise ValueError("data.name is 'files', but data.paths is empty: name the files, or patterns of them")
 
     @property
-    def shares(self) -> Mapping[str, float]:
-        """The weight of every source, by name."""
-        return {name: float(weight) for name, weight in self.mixture} or {self.name: 1.0}
+    def sources(self) -> tuple[Source, ...]:
+        """All sources, in order."""
+        return tuple(self._source(*_entry(entry)) for entry in self.mixture or ((self.name, 1.0),))
+
+    def _source(self, name: str, weight: float, own: Mapping[str, Any]) -> Source:
+        shared = {key: getattr(self, key) for key in _OWN} | {"paths": self.paths}
+        if name.startswith("files:"):
+            shared |= {"paths": (name.removeprefix("files:"),)}
+            shared |= {"test_paths": ()} if self.mixture else {}
+        return Source(name, weight, **(shared | dict(own)))
+
+
+def _entry(entry: Any) -> tuple[str, float, Mapping[str, Any]]:
+    match entry:
+        case [str(name), int() | float() as weight, *rest] if weight > 0 and len(rest) < 2:
+            own = rest[0] if rest else {}
+            if isinstance(own, Mapping) and not set(own) - set(_OWN):
+                return name, float(weight), {key: _own(name, key, value) for key, value in own.items()}
+    raise ValueError(
+        f"data.mixture has the entry {entry!r}: give (name, weight) with a weight above 0, or (name, weight, settings) "
+        f"with settings of {', '.join(_OWN)}"
+    )
+
+
+def _own(name: str, key: str, value: Any) -> Any:
+    """A setting of one source, of its type; JSON has lists for tuples."""
+    if key == "test_paths" and isinstance(value, list | tuple):
+        return tuple(str(path) for path in value)
+    if key == "test_paths" or not isinstance(value, str) or (key == "format" and value not in FORMATS):
+        kinds = {"test_paths": "a list of files or patterns", "format": f"one of {', '.join(FORMATS)}"}
+        raise ValueError(f"data.mixture has {key} = {value!r} for {name}: give {kinds.get(key, 'a name')}")
+    return value
 
 
 @dataclasses.dataclass(frozen=True)
 class TextInfo:
     """What a model, a schedule and a report need to know of a text.
 
-    vocab_size, end: of the tokenizer. length: L. train_examples: rows that hold all training documents once.
-    train_documents, train_tokens, train_bytes: size of the training split, with an end token per document.
-    manifests: SHA-256 of what was read, by source, of sources that record it.
+    vocab_size, begin, end: of the tokenizer. length: L. train_examples: rows that hold all training documents once.
+    train_documents, train_tokens, train_bytes: size of the training split, with a begin token per document.
+    manifests: by source, the SHA-256 that a set records of itself; or else that of the SHA-256 of all training texts.
     """
 
     vocab_size: int
+    begin: int
     end: int
     length: int
     train_examples: int
@@ -102,40 +137,35 @@ class TextInfo:
     manifests: Mapping[str, str]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Corpus:
-    """Tokenised documents, one after another, each behind an end token.
-
-    tokens: of all, [N]. starts: where each begins, and N, [D + 1]. sizes: bytes of text of each, [D].
-    """
-
-    tokens: Integer[np.ndarray, "N"]
-    starts: Int64[np.ndarray, "D_1"]
-    sizes: Int64[np.ndarray, "D"]
-
-
 def inspect_text(config: TextConfig) -> TextInfo:
     """Reads the training split once for its numbers; errors as `make_text_train_iterator`."""
     tokenizer = open_tokenizer(config.tokenizer)
-    corpora = [_open(config, name, config.train_split) for name in config.shares]
+    corpora = _open(config, config.train_split)
     return TextInfo(
         vocab_size=tokenizer.vocab_size,
+        begin=tokenizer.begin,
         end=tokenizer.end,
         length=config.length,
         train_examples=sum(-(-len(corpus.tokens) // config.length) for corpus in corpora),
-        train_documents=sum(len(corpus.sizes) for corpus in corpora),
-        train_tokens=sum(len(corpus.tokens) for corpus in corpora),
-        train_bytes=sum(int(corpus.sizes.sum()) for corpus in corpora),
-        manifests=_manifests(config),
+        train_documents=sum(corpus.meta["documents"] for corpus in corpora),
+        train_tokens=sum(corpus.meta["tokens"] for corpus in corpora),
+        train_bytes=sum(corpus.meta["bytes"] for corpus in corpora),
+        manifests=_manifests(config, corpora),
     )
 
 
-def check_vocabulary(info: TextInfo, model_vocab: int) -> None:
+def name_document(config: TextConfig, split: str, source: int, document: int) -> str:
+    """What a document of a batch is called: "a.jsonl, line 3"; source, document: as the batch has them."""
+    return _open(config, split, with_sizes=split == config.test_split)[source].name(document)
+
+
+def check_vocabulary(config: TextConfig, model_vocab: int) -> None:
     """Raises ValueError if the tokenizer's ids reach beyond the model's vocabulary; a larger one is only padding."""
-    if info.vocab_size > model_vocab:
+    size = open_tokenizer(config.tokenizer).vocab_size
+    if size > model_vocab:
         raise ValueError(
-            f"the tokenizer has {info.vocab_size} tokens and the model a vocabulary of {model_vocab}: set "
-            f"model.vocab_size to at least {info.vocab_size}, or choose another data.tokenizer"
+            f"the tokenizer has {size} tokens and the model a vocabulary of {model_vocab}: set model.vocab_size to at "
+            f"least {size}, or choose another data.tokenizer"
         )
 
 
@@ -152,22 +182,22 @@ def make_text_train_iterator(
         process_count: how many hosts share every batch.
 
     Raises:
-        ValueError: a source, split, file, field or tokenizer isn't there or is unfit, there is no text, it is too much
-            to hold, the seed is out of range, or the hosts cannot share the batch equally.
-        OSError: a set of `moe.data.source.BUILDERS` cannot be written.
+        ValueError: a source, split, file, field or tokenizer isn't there or is unfit, there is no text, the seed is out
+            of range, or the hosts cannot share the batch equally.
+        OSError: tokens, or a set of `moe.data.source.BUILDERS`, cannot be written.
     """
     check_seed(seed)
     share = Share(batch_size, process_index, process_count)
     end = open_tokenizer(config.tokenizer).end
     packed = [
-        Packed(_open(config, name, config.train_split), config.length, end, (seed, source), config.shuffle)
-        for source, name in enumerate(config.shares)
+        Packed(corpus, config.length, end, (seed, source), config.shuffle)
+        for source, corpus in enumerate(_open(config, config.train_split))
     ]
     sequences = [
         grain.MapDataset.range(sys.maxsize).map(functools.partial(_place, source, rows))
         for source, rows in enumerate(packed)
     ]
-    sequence = grain.MapDataset.mix(sequences, list(config.shares.values()))
+    sequence = grain.MapDataset.mix(sequences, [source.weight for source in config.sources])
     return TrainIterator(sequence, share, functools.partial(_read_train, packed=packed), config)
 
 
@@ -177,16 +207,17 @@ def make_text_eval_batches(
     """This host's rows of the batches that hold every document of `split` once, in order; iterate as often as needed.
 
     Each document is cut into windows of L targets by itself, so that no window sees another, and the last window of a
-    document is filled up with padding. target_bytes sums to the bytes of the split, whatever the tokenizer: where its
-    tokens stand for more or fewer bytes than a document has, the document's end carries the difference. Rows that fill
-    up the last batch are all zero, with index -1, so all hosts get the same number of batches. Arguments and errors are
-    those of `make_text_train_iterator`.
+    document is filled up with padding. target_bytes sums to the bytes of the split, whatever the tokenizer: bytes that
+    no token stands for are those of the document's end. Rows that fill up the last batch are all zero, with source,
+    document and index -1, so all hosts get the same number of batches. Arguments and errors are those of
+    `make_text_train_iterator`.
     """
     share = Share(batch_size, process_index, process_count)
-    corpus = _concatenate([_open(config, name, split) for name in config.shares])
-    windows = Windows(corpus, config.length, open_tokenizer(config.tokenizer))
-    batches = HostBatches(grain.MapDataset.range(len(windows)).repeat(), share, first=0)
-    return read_ahead(batches[: -(-len(windows) // batch_size)].map(functools.partial(_read_eval, windows)), config)
+    end = open_tokenizer(config.tokenizer).end
+    windows = [Windows(corpus, config.length, end) for corpus in _open(config, split, with_sizes=True)]
+    count = sum(map(len, windows))
+    batches = HostBatches(grain.MapDataset.range(count).repeat(), share, first=0)
+    return read_ahead(batches[: -(-count // batch_size)].map(functools.partial(_read_eval, windows)), config)
 
 
 class Packed:
@@ -220,13 +251,15 @@ class Packed:
         corpus = self._corpus
         column = np.arange(self._length + 1)
         place = row[:, None].astype(np.int64) * self._length + column
-        document = np.searchsorted(starts, place.ravel(), side="right").reshape(place.shape) - 1
-        document = np.minimum(document, len(order) - 1)
-        within = place - starts[document]
+        nth = np.searchsorted(starts, place.ravel(), side="right").reshape(place.shape) - 1
+        nth = np.minimum(nth, len(order) - 1)
+        document = order[nth]
+        within = place - starts[nth]
         real = place < starts[-1]
-        held = np.where(real, corpus.starts[order[document]] + within, 0)
-        token = np.where(real, corpus.tokens[held], self._end)
-        return _batch(token, real, document - document[:, :1] + 1, np.minimum(within, column), row)
+        token = corpus.tokens[np.where(real, corpus.starts[document] + within, 0)]
+        # What follows the last token of a document is its end, not the begin of the next.
+        follows = np.where(real & (within > 0), token, self._end)
+        return _batch(token, follows, real, nth - nth[:, :1] + 1, np.minimum(within, column), document, row)
 
     def _layout(self, epoch: int) -> tuple[Int64[np.ndarray, "D"], Int64[np.ndarray, "D_1"]]:
         """The order of the documents in an epoch, and where each begins in its stream."""
@@ -249,15 +282,15 @@ class Packed:
 class Windows:
     """The windows of a corpus, document by document."""
 
-    def __init__(self, corpus: Corpus, length: int, tokenizer: Tokenizer) -> None:
-        """length: L."""
+    def __init__(self, corpus: Corpus, length: int, end: int) -> None:
+        """corpus: with sizes. length: L. end: id of the end token."""
+        assert corpus.sizes is not None
         self._corpus = corpus
+        self._sizes = corpus.sizes
         self._length = length
-        self._tokenizer = tokenizer
+        self._end = end
         lengths = np.diff(corpus.starts)
         self._first = np.concatenate([[0], np.cumsum(-(-lengths // length))])
-        bytes_of = np.concatenate([[0], np.cumsum(tokenizer.token_bytes[corpus.tokens], dtype=np.int64)])
-        self._rest = corpus.sizes - np.diff(bytes_of[corpus.starts])
 
     def __len__(self) -> int:
         """How many there are."""
@@ -271,26 +304,40 @@ class Windows:
         place = (corpus.starts[document] + (window - self._first[document]) * self._length)[:, None] + column
         stop = corpus.starts[document + 1][:, None]
         real = place < stop
-        token = np.where(real, corpus.tokens[np.where(real, place, 0)], self._tokenizer.end)
-        batch = _batch(token, real, np.ones_like(place), np.broadcast_to(column, place.shape), window)
-        size = np.where(
-            (place == stop)[:, 1:], self._rest[document][:, None], self._tokenizer.token_bytes[token[:, 1:]]
+        held = np.where(real, place, 0)
+        token = corpus.tokens[held]
+        follows = np.where(real, token, self._end)
+        document = np.broadcast_to(document[:, None], place.shape)
+        batch = _batch(
+            token, follows, real, np.ones_like(place), np.broadcast_to(column, place.shape), document, window
         )
+        size = np.where(place == stop, corpus.documents[document, 1], self._sizes[held])[:, 1:]
         return batch | {"target_bytes": np.where(batch["loss_mask"], size, 0).astype(np.int32)}
 
 
 def _batch(
     token: Integer[np.ndarray, "B L_1"],
+    follows: Integer[np.ndarray, "B L_1"],
     real: np.ndarray,
     segment: Int[np.ndarray, "B L_1"],
     position: Int[np.ndarray, "B L_1"],
+    document: Int[np.ndarray, "B L_1"],
     row: Int[np.ndarray, "B"],
 ) -> Batch:
-    """A batch of rows of L + 1 tokens, blank where a token isn't real; a target stands behind each that is."""
+    """A batch of rows of L + 1 tokens, blank where a token isn't real; a target stands behind each that is.
+
+    follows: what each token is as the target of the one before it.
+    """
     keep = real[:, :-1]
-    blank = {"tokens": token[:, :-1], "targets": token[:, 1:], "segment": segment[:, :-1], "position": position[:, :-1]}
+    blank = {
+        "tokens": token[:, :-1],
+        "targets": follows[:, 1:],
+        "segment": segment[:, :-1],
+        "position": position[:, :-1],
+    }
     batch = {name: np.where(keep, value, 0).astype(np.int32) for name, value in blank.items()}
-    return batch | {"loss_mask": keep.copy(), "index": row.astype(np.int32)}
+    batch |= {"loss_mask": keep.copy(), "document": np.where(keep, document[:, :-1], -1).astype(np.int32)}
+    return batch | {"index": row.astype(np.int32)}
 
 
 def _place(source: int, packed: Packed, place: int) -> tuple[int, int, int]:
@@ -302,62 +349,50 @@ def _read_train(batch: Batch, packed: list[Packed]) -> Batch:
     index: Int32[np.ndarray, "B 3"] = batch["index"]
     kinds, kind = np.unique(index[:, :2], axis=0, return_inverse=True)
     parts = [packed[source].read(int(epoch), index[kind == i, 2]) for i, (source, epoch) in enumerate(kinds)]
+    return _merge(parts, kind) | {"source": index[:, 0]}
+
+
+def _read_eval(windows: list[Windows], batch: Batch) -> Batch:
+    """Blanks the rows past the end of the split, where the endless sequence has begun again."""
+    first = np.cumsum([0, *map(len, windows)])
+    index, mask = batch["index"], batch["position"] < first[-1]
+    source = (np.searchsorted(first, index, side="right") - 1).astype(np.int32)
+    kinds, kind = np.unique(source, return_inverse=True)
+    rows = _merge([windows[i].read(index[source == i] - first[i]) for i in kinds], kind)
+    rows = {name: np.where(mask.reshape(-1, *[1] * (value.ndim - 1)), value, 0).astype(value.dtype)
+            for name, value in rows.items()}  # fmt: skip
+    missing = np.int32(-1)
+    return rows | {
+        "document": np.where(mask[:, None], rows["document"], missing),
+        "source": np.where(mask, source, missing),
+        "index": np.where(mask, index, missing),
+        "mask": mask,
+    }
+
+
+def _merge(parts: list[Batch], kind: Int[np.ndarray, "B"]) -> Batch:
+    """One batch of the parts, whose rows lie where `kind` is the part's number."""
     back = np.argsort(np.argsort(kind, kind="stable"), kind="stable")
     return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
 
 
-def _read_eval(windows: Windows, batch: Batch) -> Batch:
-    """Blanks the rows past the end of the split, where the endless sequence has begun again."""
-    mask = batch["position"] < len(windows)
-    rows = windows.read(batch["index"])
-    index = np.where(mask, rows.pop("index"), np.int32(-1))
-    blanked = {name: np.where(mask[:, None], value, value.dtype.type(0)) for name, value in rows.items()}
-    return blanked | {"index": index, "mask": mask}
+def _open(config: TextConfig, split: str, with_sizes: bool = False) -> list[Corpus]:
+    """A split of every source, tokenised; a source may call those of the config otherwise."""
+    data_dir = resolve_data_dir(config.data_dir)
+    cache_dir = os.path.expanduser(config.cache_dir) or os.path.join(data_dir, "tokens")
+    corpora = []
+    for source in config.sources:
+        own = {config.train_split: source.train_split, config.test_split: source.test_split}.get(split, split)
+        corpora.append(open_corpus(source, own, config.tokenizer, data_dir, cache_dir, with_sizes))
+    return corpora
 
 
-def _documents(config: TextConfig, name: str, split: str) -> Iterator[tuple[str, bytes]]:
-    files, _, pattern = name.partition(":")
-    if files != "files":
-        return set_documents(name, split, config.field, resolve_data_dir(config.data_dir))
-    paths = (pattern,) if pattern else config.paths
-    return file_documents(paths, split, config.format, config.field, () if pattern else config.test_paths)
-
-
-def _open(config: TextConfig, name: str, split: str) -> Corpus:
-    """Reads and tokenises a split of one source; documents without text are left out."""
-    tokenizer = open_tokenizer(config.tokenizer)
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
-    end = np.array([tokenizer.end], dtype)
-    parts: list[np.ndarray] = []
-    sizes: list[int] = []
-    starts = [0]
-    for label, text in _documents(config, name, split):
-        if not text:
-            continue
-        try:
-            tokens = tokenizer.encode(text)
-        except ValueError as error:
-            raise ValueError(f"{label}: {error}") from error
-        parts += [end, tokens.astype(dtype)]
-        sizes.append(len(text))
-        starts.append(starts[-1] + 1 + len(tokens))
-        if starts[-1] > MAX_TOKENS:
-            raise ValueError(
-                f"data {name!r}, split {split!r}, has more than the {MAX_TOKENS} tokens that are held in memory: "
-                f"choose less of it, such as the split '{split}[:1%]' of a tfds set, or fewer files"
-            )
-    if not parts:
-        raise ValueError(f"data {name!r} has no text in its split {split!r}: choose another split or other files")
-    return Corpus(np.concatenate(parts), np.array(starts, np.int64), np.array(sizes, np.int64))
-
-
-def _concatenate(corpora: list[Corpus]) -> Corpus:
-    starts = np.cumsum([0, *np.concatenate([np.diff(corpus.starts) for corpus in corpora])])
-    tokens, sizes = ([getattr(corpus, name) for corpus in corpora] for name in ("tokens", "sizes"))
-    return Corpus(np.concatenate(tokens), starts.astype(np.int64), np.concatenate(sizes))
-
-
-def _manifests(config: TextConfig) -> dict[str, str]:
-    sets = [name for name in config.shares if name.partition(":")[0] != "files"]
-    metadata = {name: open_builder(name, resolve_data_dir(config.data_dir)).info.metadata or {} for name in sets}
-    return {name: found["manifest_sha256"] for name, found in metadata.items() if "manifest_sha256" in found}
+def _manifests(config: TextConfig, corpora: list[Corpus]) -> dict[str, str]:
+    manifests: dict[str, str] = {}
+    for number, (source, corpus) in enumerate(zip(config.sources, corpora, strict=True), 1):
+        recorded: Mapping[str, Any] = {}
+        if not source.is_files:
+            recorded = open_builder(source.name, resolve_data_dir(config.data_dir)).info.metadata or {}
+        name = f"{source.name} ({number})" if source.name in manifests else source.name
+        manifests[name] = recorded.get("manifest_sha256", corpus.meta["sha256"])
+    return manifests

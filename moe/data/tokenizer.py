@@ -1,21 +1,23 @@
 """Tokenizers: bytes, or a file that a user has, of Hugging Face's `tokenizers` or of SentencePiece.
 
-All of them say how many bytes of text a token stands for, so that models with different tokenizers can be compared in
+All of them say which bytes of a text its tokens stand for, so that models with different tokenizers can be compared in
 bits per byte.
 """
 
 import dataclasses
 import functools
+import hashlib
+import importlib.metadata
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Int64
 
-# What published tokenizers call the token between two documents.
-_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")
+# What published tokenizers call the token that a document ends with.
+_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
 _EXTRA = "pip install 'moe-jax[text]'"
 
 Ids: TypeAlias = np.ndarray | Sequence[int]
@@ -26,54 +28,81 @@ class TokenizerConfig:
     """Which tokenizer.
 
     kind: "bytes"; "huggingface": a `tokenizer.json`; "sentencepiece": a `.model`. path: that file.
-    end: the token between two documents; empty for what the file declares, or the usual name that it knows.
+    begin: the token that stands before a document. Empty: the one that the file itself puts before a text (a template
+        of Hugging Face's, the <s> of SentencePiece), or if it puts none, the end.
+    end: the token that a document ends with. Empty: the one that the file itself puts behind a text, or declares as
+        the end of a sentence, or else a usual name that it knows.
     """
 
     kind: Literal["bytes", "huggingface", "sentencepiece"] = "bytes"
     path: str = ""
+    begin: str = ""
     end: str = ""
 
     def __post_init__(self) -> None:
         """Raises ValueError if kind and path don't go together."""
-        if self.kind == "bytes" and (self.path or self.end):
+        if self.kind == "bytes" and (self.path or self.begin or self.end):
             raise ValueError(
-                f"data.tokenizer.kind is 'bytes', which takes no file and no other end ({self.path or self.end!r}): "
-                "choose huggingface or sentencepiece, or leave path and end empty"
+                "data.tokenizer.kind is 'bytes', which takes no file and no other begin or end "
+                f"({self.path or self.begin or self.end!r}): choose huggingface or sentencepiece, or leave path, begin "
+                "and end empty"
             )
         if self.kind != "bytes" and not self.path:
             raise ValueError(f"data.tokenizer.path is empty: a tokenizer of kind {self.kind!r} is read from a file")
+
+
+class NotUtf8Error(ValueError):
+    """A text has a byte, at `position`, that is not UTF-8."""
+
+    def __init__(self, position: int) -> None:
+        """position: from the text's beginning."""
+        super().__init__(
+            f"byte {position} is not UTF-8, which this tokenizer needs: convert the text, or use "
+            "data.tokenizer.kind = 'bytes'"
+        )
+        self.position = position
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
     """Text to ids and back.
 
-    vocab_size: one more than the largest id. end: id of the token between two documents, which no text encodes to.
-    token_bytes: int32 [vocab_size], the bytes of text that each token stands for, 0 for control tokens. A tokenizer
-    that changes a text (a space before it, normalised letters) can make the sum differ from the bytes of the text.
+    vocab_size: one more than the largest id. begin: id of the token before a document; end: of that behind one; they
+    may be the same, and no text encodes to them.
     """
 
     vocab_size: int
+    begin: int
     end: int
-    token_bytes: np.ndarray
 
     def encode(self, text: bytes | str) -> Int32[np.ndarray, "L"]:
-        """The ids of a text, without any control token. Raises ValueError if bytes that must be UTF-8 are not."""
+        """The ids of a text, without any control token. Raises NotUtf8Error if bytes that must be UTF-8 are not."""
+
+    def encode_spans(self, text: bytes | str) -> tuple[Int32[np.ndarray, "L"], Int64[np.ndarray, "L"]]:
+        """The ids, and how many bytes of the text stand up to the end of each: they never fall, nor exceed its size.
+
+        What the last one leaves out, such as a space that the tokenizer drops, has no token. A token whose place in a
+        character cannot be told counts all of it if it is the first there, or the last, and otherwise none.
+        """
 
     def decode(self, ids: Ids) -> str:
         """The text of ids, without control tokens; what is no UTF-8 becomes U+FFFD."""
 
 
 class Bytes:
-    """A token per byte, and 256 between documents."""
+    """A token per byte, and 256 before and behind documents."""
 
     vocab_size = 257
-    end = 256
-    token_bytes = np.array([1] * 256 + [0], np.int32)
+    begin = end = 256
 
     def encode(self, text: bytes | str) -> Int32[np.ndarray, "L"]:
         """The bytes, of a str in UTF-8."""
         return np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8).astype(np.int32)
+
+    def encode_spans(self, text: bytes | str) -> tuple[Int32[np.ndarray, "L"], Int64[np.ndarray, "L"]]:
+        """See `Tokenizer`."""
+        ids = self.encode(text)
+        return ids, np.arange(1, len(ids) + 1, dtype=np.int64)
 
     def decode(self, ids: Ids) -> str:
         """The text of the ids below 256."""
@@ -86,9 +115,10 @@ class HuggingFace:
     Truncation and padding that the file asks for are switched off.
     """
 
-    def __init__(self, path: str, end: str = "") -> None:
+    def __init__(self, path: str, begin: str = "", end: str = "") -> None:
         """Reads the file; errors as `open_tokenizer`."""
         tokenizers = _import("tokenizers", path)
+        self._path = path
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(path)
         except Exception as error:  # the package raises nothing more specific
@@ -98,28 +128,59 @@ class HuggingFace:
         self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        self.end = _find_end(vocabulary, end, path)
-        self.token_bytes = np.zeros(self.vocab_size, np.int32)
-        byte_level = _is_byte_level(json.loads(self._tokenizer.to_str()))
-        for piece, token in vocabulary.items():
-            self.token_bytes[token] = len(piece) if byte_level else _piece_bytes(piece)
-        for token, added in self._tokenizer.get_added_tokens_decoder().items():
-            self.token_bytes[token] = 0 if added.special else len(added.content.encode())
-        self.token_bytes[self.end] = 0
+        before, behind = self._template()
+        self.end = behind if behind is not None and not end else _find(vocabulary, end, path, "end")
+        self.begin = _find(vocabulary, begin, path, "begin") if begin else self.end if before is None else before
+        # In a byte-level vocabulary each letter of a piece is a byte, so that its size is known by itself.
+        self._sizes = np.zeros(self.vocab_size, np.int64)
+        if _is_byte_level(json.loads(self._tokenizer.to_str())):
+            for piece, token in vocabulary.items():
+                self._sizes[token] = len(piece)
+            for token, added in self._tokenizer.get_added_tokens_decoder().items():
+                self._sizes[token] = len(added.content.encode())
 
     def encode(self, text: bytes | str) -> Int32[np.ndarray, "L"]:
         """See `Tokenizer`."""
-        return np.array(self._tokenizer.encode(_utf8(text), add_special_tokens=False).ids, np.int32)
+        return np.array(self._encode(_utf8(text)).ids, np.int32)
+
+    def encode_spans(self, text: bytes | str) -> tuple[Int32[np.ndarray, "L"], Int64[np.ndarray, "L"]]:
+        """See `Tokenizer`."""
+        text = _utf8(text)
+        encoding = self._encode(text)
+        ids = np.array(encoding.ids, np.int32)
+        starts = _byte_offsets(text)
+        ends = np.cumsum(self._sizes[ids])
+        if not len(ids) or ends[-1] != starts[-1]:  # not byte-level, or the text was changed first
+            ends = starts[[end for _, end in encoding.offsets]]
+        return ids, np.maximum.accumulate(ends.astype(np.int64))
 
     def decode(self, ids: Ids) -> str:
         """See `Tokenizer`."""
         return self._tokenizer.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=True)
 
+    def _encode(self, text: str, add_special_tokens: bool = False) -> Any:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except Exception as error:  # the package raises nothing more specific
+            raise ValueError(f"tokenizer file {self._path} cannot encode this ({error})") from error
+
+    def _template(self) -> tuple[int | None, int | None]:
+        """The tokens that the file puts before and behind a text, where it is one of them."""
+        try:
+            encoding = self._encode("a", add_special_tokens=True)
+        except ValueError:  # it doesn't know the letter
+            return None, None
+        text = [place for place, special in enumerate(encoding.special_tokens_mask) if not special]
+        if not text:
+            return None, None
+        before, behind = encoding.ids[: text[0]], encoding.ids[text[-1] + 1 :]
+        return (before[0] if len(before) == 1 else None, behind[0] if len(behind) == 1 else None)
+
 
 class SentencePiece:
-    """A SentencePiece model; its end-of-sentence token stands between documents."""
+    """A SentencePiece model, with its tokens for the beginning and the end of a sentence about documents."""
 
-    def __init__(self, path: str, end: str = "") -> None:
+    def __init__(self, path: str, begin: str = "", end: str = "") -> None:
         """Reads the file; errors as `open_tokenizer`."""
         sentencepiece = _import("sentencepiece", path)
         try:
@@ -129,15 +190,19 @@ class SentencePiece:
         model = self._processor
         self.vocab_size = model.get_piece_size()
         pieces = {model.id_to_piece(token): token for token in range(self.vocab_size)}
-        self.end = model.eos_id() if not end and model.eos_id() >= 0 else _find_end(pieces, end, path)
-        self.token_bytes = np.zeros(self.vocab_size, np.int32)
-        for piece, token in pieces.items():
-            if not (model.is_control(token) or model.is_unknown(token) or token == self.end):
-                self.token_bytes[token] = _piece_bytes(piece)
+        self.end = model.eos_id() if not end and model.eos_id() >= 0 else _find(pieces, end, path, "end")
+        declared = model.bos_id() if model.bos_id() >= 0 else self.end
+        self.begin = _find(pieces, begin, path, "begin") if begin else declared
 
     def encode(self, text: bytes | str) -> Int32[np.ndarray, "L"]:
         """See `Tokenizer`."""
         return np.array(self._processor.encode(_utf8(text), out_type=int), np.int32)
+
+    def encode_spans(self, text: bytes | str) -> tuple[Int32[np.ndarray, "L"], Int64[np.ndarray, "L"]]:
+        """See `Tokenizer`."""
+        pieces = self._processor.encode(_utf8(text), return_type="proto").pieces
+        ends = np.array([piece.end for piece in pieces], np.int64)
+        return np.array([piece.id for piece in pieces], np.int32), np.maximum.accumulate(ends)
 
     def decode(self, ids: Ids) -> str:
         """See `Tokenizer`."""
@@ -155,9 +220,18 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
         return Bytes()
     if not Path(config.path).is_file():
         raise ValueError(f"there is no tokenizer file {config.path}: correct data.tokenizer.path")
-    return (
-        HuggingFace(config.path, config.end) if config.kind == "huggingface" else SentencePiece(config.path, config.end)
-    )
+    kind = HuggingFace if config.kind == "huggingface" else SentencePiece
+    return kind(config.path, config.begin, config.end)
+
+
+def identify_tokenizer(config: TokenizerConfig) -> list[Any]:
+    """Plain data that change when what the tokenizer makes of a text may change."""
+    if config.kind == "bytes":
+        return ["bytes"]
+    package = {"huggingface": "tokenizers", "sentencepiece": "sentencepiece"}[config.kind]
+    tokenizer = open_tokenizer(config)
+    content = hashlib.sha256(Path(config.path).read_bytes()).hexdigest()
+    return [package, importlib.metadata.version(package), content, tokenizer.begin, tokenizer.end]
 
 
 def _import(package: str, path: str) -> Any:
@@ -167,13 +241,13 @@ def _import(package: str, path: str) -> Any:
         raise ValueError(f"tokenizer file {path} is read by the package {package}, not installed: {_EXTRA}") from error
 
 
-def _find_end(vocabulary: dict[str, int], end: str, path: str) -> int:
-    for name in (end,) if end else _END_TOKENS:
+def _find(vocabulary: dict[str, int], token: str, path: str, role: str) -> int:
+    for name in (token,) if token else _END_TOKENS:
         if name in vocabulary:
             return vocabulary[name]
     raise ValueError(
-        f"tokenizer file {path} has no token {end or ' or '.join(_END_TOKENS)} to stand between documents: name one "
-        "that it has in data.tokenizer.end"
+        f"tokenizer file {path} has no token {token or ' or '.join(_END_TOKENS)} for the {role} of a document: name "
+        f"one that it has in data.tokenizer.{role}"
     )
 
 
@@ -183,10 +257,14 @@ def _utf8(text: bytes | str) -> str:
     try:
         return text.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"byte {error.start} is not UTF-8, which this tokenizer needs: convert the text, or use "
-            "data.tokenizer.kind = 'bytes'"
-        ) from error
+        raise NotUtf8Error(error.start) from error
+
+
+def _byte_offsets(text: str) -> Int64[np.ndarray, "L_1"]:
+    """Bytes before every character of the text, and of all."""
+    point = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), np.uint32)
+    sizes = 1 + sum((point >= least).astype(np.int64) for least in (0x80, 0x800, 0x10000))
+    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
 
 def _is_byte_level(part: Any) -> bool:
@@ -194,10 +272,3 @@ def _is_byte_level(part: Any) -> bool:
     if isinstance(part, dict):
         return part.get("type") == "ByteLevel" or any(map(_is_byte_level, part.values()))
     return isinstance(part, list) and any(map(_is_byte_level, part))
-
-
-def _piece_bytes(piece: str) -> int:
-    """Bytes of a piece whose ▁ are spaces; <0x0A> is one byte."""
-    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-        return 1
-    return len(piece.replace("▁", " ").encode())

@@ -33,6 +33,29 @@ def test_the_set_is_the_librarys_sources_without_its_tests(builder):
     assert 0.02 < len(splits["test"]) / len(files) < 0.08
 
 
+def test_what_a_machine_writes_beside_the_library_is_left_out(tmp_path):
+    own = ["abc.py", "json/__init__.py", "json/decoder.py", "sysconfig/__init__.py"]
+    beside = [
+        "_sysconfigdata__linux_x86_64-linux-gnu.py",
+        "config-3.11-x86_64-linux-gnu/python-config.py",
+        "site-packages/abc.py",
+        "dist-packages/json/__init__.py",
+        "sitecustomize.py",
+        "mine/abc.py",
+        "json/__pycache__/decoder.cpython-311.pyc",
+        "json/decoder.pyi",
+        "test/test_abc.py",
+        "lib2to3/tests/test_main.py",
+        "idlelib/idle_test/test_run.py",
+        "msilib/__init__.py",
+        "__phello__/spam.py",
+    ]
+    for name in own + beside:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert stdlib.source_names(tmp_path) == own
+
+
 def test_the_metadata_name_the_version_and_what_was_read(builder, tmp_path):
     info = builder.info
     assert str(info.version) == "{}.{}.{}".format(*sys.version_info[:3])
