@@ -124,10 +124,9 @@ def compiled(apply: Any, *arguments: Any) -> Any:
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1))).lower(*arguments).compile()
 
 
-def products(tokens: int) -> dict[str, tuple[float, Any]]:
-    """FLOPs and a call of large matrix products: the dense layer's, forward and for its gradients, and a square one."""
-    wide = K * HIDDEN
-    shapes = [(tokens, WIDTH, wide), (tokens, wide, WIDTH), (WIDTH, tokens, wide), (TOKENS, TOKENS, TOKENS)]
+def products(tokens: int, width: int, hidden: int) -> dict[str, tuple[float, Any]]:
+    """FLOPs and a call of large matrix products: a dense layer's, forward and for its gradients, and a square one."""
+    shapes = [(tokens, width, hidden), (tokens, hidden, width), (width, tokens, hidden), (TOKENS, TOKENS, TOKENS)]
     calls = torch_layers.products(shapes)
     times_jit = jax.jit(jnp.matmul)
     for m, k, n in shapes:
@@ -140,7 +139,7 @@ def products(tokens: int) -> dict[str, tuple[float, Any]]:
 
 def timed(case: str, layers: dict[str, Any], tokens: int, clock: Any) -> list[Row]:
     """Times of the layers, and how near the dense one comes to the fastest product, all in one run."""
-    peaks = products(tokens)
+    peaks = products(tokens, WIDTH, K * HIDDEN)
     calls = layers | {name: call for name, (_, call) in peaks.items()}
     # The threads of one library rest before another's begin.
     times = common.interleaved(calls, repeats=9, seconds=60, clock=clock, rest=0.05)
