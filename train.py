@@ -264,7 +264,9 @@ def log_values(metrics: dict[str, Any], config: Config) -> dict[str, float]:
 def main(argv: Sequence[str]) -> None:
     """The command line."""
     parser = cli.make_parser(__doc__ or "", DEFAULT_CONFIG)
-    parser.add_argument("--config", default=DEFAULT_CONFIG, help="config file (default: %(default)s)")
+    parser.add_argument(
+        "--config", default=DEFAULT_CONFIG, help="config FILE, or FILE:SLICE for its mesh there (default: %(default)s)"
+    )
     parser.add_argument("--workdir", help="folder of the run (default: runs/ and the config's name)")
     arguments, overrides = cli.parse(parser, argv)
     with cli.usage_errors():

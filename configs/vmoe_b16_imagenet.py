@@ -3,7 +3,7 @@
     tfds build imagenet2012 --data_dir=DIR --file_format=array_record    # once, where TensorFlow is installed
     python train.py --config=configs/vmoe_b16_imagenet.py --workdir=runs/vmoe_b16 --config.data.data_dir=DIR
 
-The mesh is that of a v5e-32; MESHES has others: set its sizes as --config.mesh.expert=4 and so on.
+The mesh is that of a v5e-32; MESHES has others: --config=configs/vmoe_b16_imagenet.py:v5e-64 and so on.
 
 The published B/16 is trained on ImageNet-21k and fine-tuned; from scratch there is no published figure, and none from
 here. Model and learning rate are the paper's, all else as in configs/vmoe_s32_imagenet.py, with the differences that
@@ -17,19 +17,21 @@ import math
 
 import ml_collections
 
-# The batch is the same on each, and so is the result; data = -1 takes in all of a larger slice.
-MESHES = {
-    "v5e-32": {"data": 4, "fsdp": 1, "expert": 8, "tensor": 1},  # 32 chips
-    "v5e-64": {"data": 8, "fsdp": 1, "expert": 8, "tensor": 1},  # 64 chips
-    "v5p-16": {"data": 1, "fsdp": 1, "expert": 8, "tensor": 1},  # 8 chips
-    "v5p-32": {"data": 2, "fsdp": 1, "expert": 8, "tensor": 1},  # 16 chips
-    "v6e-16": {"data": 2, "fsdp": 1, "expert": 8, "tensor": 1},  # 16 chips
-    "v6e-32": {"data": 4, "fsdp": 1, "expert": 8, "tensor": 1},  # 32 chips
-}
+from configs.base.slices import meshes
+
+# The batch is the same on each, and so is the result.
+MESHES = meshes(
+    v5e_32=(1, 8, 1),
+    v5e_64=(1, 8, 1),
+    v5p_16=(1, 8, 1),
+    v5p_32=(1, 8, 1),
+    v6e_16=(1, 8, 1),
+    v6e_32=(1, 8, 1),
+)
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """The config; every field can be set on the command line as --config.FIELD=VALUE."""
+def get_config(preset: str = "v5e-32") -> ml_collections.ConfigDict:
+    """The config on a slice of MESHES; every field can be set on the command line as --config.FIELD=VALUE."""
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.steps = 92_899
@@ -119,6 +121,6 @@ def get_config() -> ml_collections.ConfigDict:
         "b2": 0.999,
         "clip_norm": 1.0,
     }
-    config.mesh = dict(MESHES["v5e-32"])
+    config.mesh = dict(MESHES[preset])
     config.checkpoint = {"every": 1000, "keep": 3}
     return config

@@ -84,8 +84,11 @@ class Config:
 def load_file(path: str) -> ml_collections.ConfigDict:
     """Runs `get_config()` of a Python file, or reads what `to_json` wrote: the config.json of a workdir.
 
-    Raises ValueError if there is no such file or function.
+    "FILE.py:PRESET" is `get_config("PRESET")`, for one of the presets that the file's table MESHES names.
+    Raises ValueError if there is no such file, function or preset.
     """
+    stem, colon, preset = path.rpartition(".py:")
+    path = f"{stem}.py" if colon else path
     file = Path(path)
     if not file.is_file():
         nearby = sorted(str(other) for other in file.parent.glob("*.py")) if file.parent.is_dir() else []
@@ -102,7 +105,13 @@ def load_file(path: str) -> ml_collections.ConfigDict:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ValueError(f"config {path} has no function get_config() that returns an ml_collections.ConfigDict.")
-    return module.get_config()
+    if not colon:
+        return module.get_config()
+    presets = list(getattr(module, "MESHES", {}))
+    if preset not in presets:
+        known = f"it has {', '.join(presets)}" if presets else f"leave out ':{preset}', as it has none"
+        raise ValueError(f"config {path} has no preset '{preset}': {known}.")
+    return module.get_config(preset)
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
