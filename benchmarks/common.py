@@ -40,9 +40,7 @@ def interleaved(
     Every function is called once before, to compile. Stops after `repeats` rounds, or after `seconds` and three rounds.
     clock: time.process_time counts the processor time of all threads, which other work on the machine leaves alone.
     rest: seconds before each call, in which the threads of another library stop to wait for work.
-    Memory is kept between calls, as the training program keeps it.
     """
-    keep_freed_memory()
     for function in functions.values():
         jax.block_until_ready(function(*arguments))
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -94,7 +92,8 @@ def circumstances() -> dict[str, str]:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """Options that every benchmark has."""
+    """Options that every benchmark has. From here on memory is kept between calls, as the training program keeps it."""
+    keep_freed_memory()
     options = argparse.ArgumentParser(description=description)
     options.add_argument(
         "--cpu-time",

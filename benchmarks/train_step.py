@@ -183,9 +183,10 @@ def baseline(steps: Any) -> str:
 
 def resident(name: str, case: Case) -> tuple[float, float | None]:
     """MiB that the step adds to this process's memory at most, and MiB that XLA states, None for other libraries."""
-    step = make(name, case) if name not in torch_models.NAMES else None
-    if step is not None:
+    step = None
+    if name not in torch_models.NAMES:
         keep_freed_memory()
+        step = make(name, case)
     else:
         import torch
         import transformers.models.mixtral.modeling_mixtral  # noqa: F401
