@@ -24,12 +24,9 @@ def mlp(
     w_in, w_gate [*e, D, F], w_out [*e, F, D]; computed in x's dtype, sums in float32. product: times a matrix, or times
     that of each row's expert.
     """
-    hidden = product(x, weights["w_in"])
     if activation == "swiglu":
-        hidden = product.elementwise(_gated, product(x, weights["w_gate"]), hidden)
-    else:
-        hidden = product.elementwise(jax.nn.gelu, hidden)
-    return product(hidden, weights["w_out"])
+        return product.feed_forward(x, (weights["w_gate"], weights["w_in"]), weights["w_out"], _gated)
+    return product.feed_forward(x, (weights["w_in"],), weights["w_out"], jax.nn.gelu)
 
 
 def _gated(gate: Array, up: Array) -> Array:

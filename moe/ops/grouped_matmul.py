@@ -14,12 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from moe.ops.permute import most_blocks
+from moe.ops.blocks import Block, loop, times, transposed_times, vary_alike, zeros_like
 
 IMPLEMENTATIONS = ("blocks", "ragged_dot", "megablox")
 
-# On CPU: rows of a block at most and at least, and how many lengths of blocks are compiled.
-_MOST_ROWS, _LEAST_ROWS, _LENGTHS = 512, 8, 16
 # On TPU: rows of a tile at most, and columns; bytes of a tile of a matrix; rows and columns of a tile of its gradient.
 # Two tiles of each operand and the sums must fit into the 16 MiB of vector memory that a kernel is given.
 _TILE_ROWS, _TILE_COLUMNS, _TILE_BYTES, _GRADIENT_TILE = 512, 512, 4 << 20, (1024, 512)
@@ -55,7 +53,7 @@ def grouped_matmul(
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation = {implementation!r} must be None or one of {', '.join(IMPLEMENTATIONS)}.")
     # In shard_map, what the rows' devices add to a matrix's gradient is summed where the matrix came to vary.
-    x_NX, w_EXY = _vary_alike(x_NX, w_EXY)
+    x_NX, w_EXY = vary_alike(x_NX, w_EXY)
     if x_NX.shape[0] == 0:
         return x_NX @ w_EXY[0].astype(x_NX.dtype)
     return _product(x_NX, w_EXY, sizes_E, _How(block, implementation, clean))
@@ -126,108 +124,21 @@ def _run(implementation: str | None, table: dict[str, Callable], *arguments: Arr
 # Blocks ---------------------------------------------------------------------------------------------------------------
 
 
-class Blocks(NamedTuple):
-    """The M products that cover all groups, of `size` rows at most, a power of two; those in excess have none.
-
-    group: whose rows. start: the first one. rows: how many.
-    """
-
-    size: int
-    group: Int[Array, "M"]
-    start: Int[Array, "M"]
-    rows: Int[Array, "M"]
-
-    @property
-    def lengths(self) -> range:
-        """Row counts that a program is compiled for; a block takes the least that holds its rows."""
-        return range(0, self.size + 1, max(self.size // _LENGTHS, min(self.size, _LEAST_ROWS)))
-
-
-def cut(sizes_E: Int[Array, "E"], num_rows: int) -> Blocks:
-    """Cuts groups of `sizes_E` consecutive rows, `num_rows` at most in all, into blocks."""
-    num_groups = sizes_E.shape[0]
-    # As long as a group of average size, so that most groups are one block or two.
-    average = 1 << max(0, num_rows // num_groups - 1).bit_length()
-    size = min(_MOST_ROWS, max(_LEAST_ROWS, average), 1 << num_rows.bit_length() - 1)
-    blocks_E = -(-sizes_E // size)
-    index_M = jnp.arange(most_blocks(num_rows, num_groups, size), dtype=jnp.int32)
-    found_M = jnp.searchsorted(jnp.cumsum(blocks_E), index_M, side="right").astype(jnp.int32)
-    group_M = jnp.minimum(found_M, num_groups - 1)
-    before_M = size * (index_M - (jnp.cumsum(blocks_E) - blocks_E)[group_M])
-    count_M = jnp.where(found_M < num_groups, jnp.clip(sizes_E[group_M] - before_M, 0, size), 0)
-    return Blocks(size, group_M, (jnp.cumsum(sizes_E) - sizes_E)[group_M] + before_M, count_M)
-
-
 def _blocks_by_matrices(x: Array, w: Array, sizes: Array, *, transpose: bool) -> Array:
     num_rows, width = x.shape[0], w.shape[1] if transpose else w.shape[2]
-    numbers = (((1,), (1 if transpose else 0,)), ((), ()))
-    blocks = cut(sizes, num_rows)
 
-    def add(y: Array, item: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        group, start, count = item
-        first = jnp.minimum(start, num_rows - blocks.size)
+    def run(block: Block, length: int) -> Array:
+        return block.widen(times(block.read(x, length), block.matrix(w), transpose=transpose).astype(x.dtype))
 
-        def multiply(length: int, matrix: Array) -> Array:
-            part = _zeros_like((blocks.size, width), matrix)
-            if length == 0:
-                return part
-            at, rows = _rows(x, start, count, length)
-            sums = lax.dot_general(rows, matrix, numbers, preferred_element_type=jnp.float32)
-            return lax.dynamic_update_slice_in_dim(part, sums.astype(x.dtype), at - first, axis=0)
-
-        part = _by_length(blocks, count, multiply, lax.dynamic_index_in_dim(w, group, keepdims=False))
-        # Other blocks' rows get zeros from this one: to add keeps what they have, and it is done in place.
-        part += lax.dynamic_slice_in_dim(y, first, blocks.size)
-        return lax.dynamic_update_slice_in_dim(y, part, first, axis=0), None
-
-    return lax.scan(add, _zeros_like((num_rows, width), x), blocks[1:])[0]
+    return loop(sizes, num_rows, run, Block.write_to, zeros_like((num_rows, width), x))
 
 
 def _blocks_by_rows(x: Array, y: Array, sizes: Array) -> Array:
-    blocks = cut(sizes, x.shape[0])
-    matrix = (x.shape[1], y.shape[1])
+    def run(block: Block, length: int) -> Array:
+        return transposed_times(block.read(x, length), block.read(y, length))
 
-    def add(sums: Array, item: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        group, start, count = item
-
-        def multiply(length: int, y: Array) -> Array:
-            if length == 0:
-                return _zeros_like(matrix, y, jnp.float32)
-            at, rows = _rows(x, start, count, length)
-            others = lax.dynamic_slice_in_dim(y, at, length)
-            return lax.dot_general(rows, others, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-
-        product = _by_length(blocks, count, multiply, y)
-        return sums.at[group].add(product, mode="promise_in_bounds"), None
-
-    return lax.scan(add, _zeros_like((sizes.shape[0], *matrix), x, jnp.float32), blocks[1:])[0]
-
-
-def _by_length(blocks: Blocks, count: Array, multiply: Callable[[int, Array], Array], operand: Array) -> Array:
-    """multiply(length, operand) for the least compiled length that holds `count` rows."""
-    lengths = blocks.lengths
-    branches = [functools.partial(multiply, length) for length in lengths]
-    return lax.switch(-(-count // lengths.step), branches, operand)
-
-
-def _rows(x: Array, start: Array, count: Array, length: int) -> tuple[Array, Array]:
-    """`length` rows of x that hold the `count` rows from `start` on, zeros in place of others; and where they begin."""
-    at = jnp.minimum(start, x.shape[0] - length)
-    index = at + jnp.arange(length, dtype=jnp.int32)
-    theirs = (index >= start) & (index < start + count)
-    return at, jnp.where(theirs[:, None], lax.dynamic_slice_in_dim(x, at, length), 0)
-
-
-def _zeros_like(shape: tuple[int, ...], like: Array, dtype: Any = None) -> Array:
-    """Zeros that differ between the devices that `like` differs between (in shard_map)."""
-    return _vary_alike(jnp.zeros(shape, like.dtype if dtype is None else dtype), like)[0]
-
-
-def _vary_alike(*arrays: Array) -> list[Array]:
-    """Mark all arrays as differing between the devices that any of them differs between (in shard_map)."""
-    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
-    missing = [tuple(frozenset().union(*varying) - axes) for axes in varying]
-    return [lax.pcast(a, axes, to="varying") if axes else a for a, axes in zip(arrays, missing, strict=True)]
+    start = zeros_like((sizes.shape[0], x.shape[1], y.shape[1]), x, jnp.float32)
+    return loop(sizes, x.shape[0], run, Block.add_to, start)
 
 
 # Ragged dot -----------------------------------------------------------------------------------------------------------

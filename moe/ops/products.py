@@ -1,16 +1,18 @@
 """What an expert's network is made of, for experts side by side and for rows sorted by expert.
 
 product(x, w): x times the matrix of each row's expert, in x's dtype, sums in float32. product.elementwise(function,
-*arrays): function(*arrays), of arrays that products returned.
+*arrays): function(*arrays), of arrays that products returned. product.feed_forward(x, first, last, function): both
+layers of a network, function(x w for each w of `first`) `last`.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe.ops.feed_forward import feed_forward
 from moe.ops.grouped_matmul import grouped_matmul
 from moe.ops.rowwise import map_rows
 
@@ -24,6 +26,12 @@ class Batched:
     def elementwise(self, function: Callable[..., Array], *arrays: Array) -> Array:
         """function(*arrays)."""
         return function(*arrays)
+
+    def feed_forward(
+        self, x: Float[Array, "*e n X"], first: Sequence[Array], last: Array, function: Callable[..., Array]
+    ) -> Float[Array, "*e n Y"]:
+        """function(x w for each w of `first`) `last`."""
+        return _by_layer(self, x, first, last, function)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +51,20 @@ class Grouped:
             return map_rows(function, arrays, jnp.sum(self.sizes_E))
         return function(*arrays)
 
+    def feed_forward(
+        self, x: Float[Array, "N X"], first: Sequence[Array], last: Array, function: Callable[..., Array]
+    ) -> Float[Array, "N Y"]:
+        """function(x w for each w of `first`) `last`; in one loop over blocks where there are blocks."""
+        if self.implementation == "blocks":
+            return feed_forward(x, tuple(first), last, self.sizes_E, function)
+        return _by_layer(self, x, first, last, function)
+
 
 Product: TypeAlias = Batched | Grouped
+
+
+def _by_layer(product: Product, x: Array, first: Sequence[Array], last: Array, function: Callable[..., Array]) -> Array:
+    return product(product.elementwise(function, *(product(x, w) for w in first)), last)
+
+
 BATCHED = Batched()

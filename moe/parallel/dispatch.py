@@ -111,9 +111,10 @@ def dispatch(
         if not divides:
             return run(weights, x_GTD, routing)
         run = partial(run, expert_axis=expert_axis, tensor_axis=tensor_axis)
-    if check_vma:
-        # Or the backward pass of a scan over layers would keep the matrices of every layer a second time. The kernel's
-        # own rule doesn't, and every array that a checkpoint keeps is read and written once more, to round it.
+    if check_vma and not (name == "dropless" and mesh.size == 1):
+        # Or the backward pass of a scan over layers would keep the matrices of every layer a second time. The rules of
+        # grouped products don't but where matrices vary, and every array that a checkpoint keeps is read and written
+        # once more, to round it.
         run = jax.checkpoint(run, policy=_not_a_copy, prevent_cse=False)
     if mesh.size == 1:
         return run(weights, x_GTD, routing)

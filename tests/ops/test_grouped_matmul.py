@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.ops.grouped_matmul import cut, grouped_matmul
+from moe.ops.blocks import cut
+from moe.ops.grouped_matmul import grouped_matmul
 from tests.compiling import AS_USERS
 from tests.flops import compiled_flops
 
@@ -56,7 +57,7 @@ def test_values_and_gradients_are_those_of_the_loop(implementation: str, sizes: 
 @pytest.mark.parametrize("sizes", [(37, 0, 3, 24), (1, 62, 0, 1), (0, 0, 0, 64), (16, 16, 16, 16), (5, 1, 2, 0)])
 def test_blocks_of_every_length(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups that end anywhere: shorter and longer than a block, and at the last row."""
-    monkeypatch.setattr("moe.ops.grouped_matmul._LEAST_ROWS", 2)
+    monkeypatch.setattr("moe.ops.blocks._LEAST_ROWS", 2)
     x, w, sizes_E = make(sizes, rows=64)
     readout = jnp.asarray(np.random.default_rng(1).normal(size=(64, Y)), jnp.float32)
 
