@@ -27,14 +27,15 @@ _GROUPED_MATMUL = {"cpu": "blocks", "tpu": "megablox"}
 _RAGGED_ALL_TO_ALL = {"gpu", "tpu"}
 # Rows per expert and device from which sorted rows cost no more than queues with some room: full tiles or blocks of a
 # product that runs near the speed of a dense one. Without such a product they never do.
-_ROWS_FOR_SPEED = {"cpu": 512, "tpu": 512}
+_ROWS_FOR_SPEED = {"cpu": 256, "tpu": 512}
 
 
 def sorts_fast(mesh: Mesh, num_rows: int, num_experts: int) -> bool:
     """Whether training without capacity is as fast as with one, for so many choices of a micro-batch.
 
-    From 512 rows per expert on: there padding to blocks costs an eighth at most on TPUs, and on CPU sorted rows take no
-    longer than queues with a capacity factor of 1.25. On GPU never, since `lax.ragged_dot` promises nothing there.
+    On TPU from 512 rows per expert on, where padding to blocks costs an eighth at most; on CPU from 256 on, where
+    sorted rows take no longer than queues with a capacity factor of 1.25 and need less memory. On GPU never, since
+    `lax.ragged_dot` promises nothing there.
     """
     rows_per_expert = num_rows // batch_shards(mesh) * mesh.shape["expert"] / num_experts
     least = _ROWS_FOR_SPEED.get(_platform(mesh))

@@ -116,10 +116,11 @@ def test_training_sorts_rows_where_a_kernel_makes_that_fast(monkeypatch: pytest.
     mesh = make_mesh(MeshConfig(data=2, expert=4))
     monkeypatch.setattr(dispatch_module, "_platform", lambda mesh: "gpu")
     assert not sorts_fast(mesh, num_rows=1 << 20, num_experts=8)
-    monkeypatch.setattr(dispatch_module, "_platform", lambda mesh: "tpu")
-    # 2 x 4 devices with 4 x 2 experts: 512 rows for each of a device's two experts are 8 x 2 x 512 in all.
-    assert sorts_fast(mesh, num_rows=8192, num_experts=8)
-    assert not sorts_fast(mesh, num_rows=8191 - 7, num_experts=8)
+    for platform, rows_per_expert in (("tpu", 512), ("cpu", 256)):
+        monkeypatch.setattr(dispatch_module, "_platform", lambda mesh, name=platform: name)
+        # 2 x 4 devices with 4 x 2 experts: so many rows for each of a device's two experts are 8 x 2 x as many in all.
+        assert sorts_fast(mesh, num_rows=16 * rows_per_expert, num_experts=8)
+        assert not sorts_fast(mesh, num_rows=16 * rows_per_expert - 8, num_experts=8)
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
