@@ -14,7 +14,8 @@ from typing import Any, TypedDict
 
 import jax
 
-from moe.host import keep_freed_memory
+# What changes how fast the same program runs.
+_ENVIRONMENT = ("GLIBC_TUNABLES", "XLA_FLAGS", "OMP_NUM_THREADS")
 
 
 class Row(TypedDict):
@@ -87,13 +88,13 @@ def circumstances() -> dict[str, str]:
         "load at the end": f"{os.getloadavg()[0]:.1f}",
         "python": platform.python_version(),
         "versions": ", ".join(f"{name} {version}" for name, version in packages.items()),
+        "environment": " ".join(f"{name}={os.environ[name]}" for name in _ENVIRONMENT if name in os.environ) or "plain",
         "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
     }
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """Options that every benchmark has. From here on memory is kept between calls, as the training program keeps it."""
-    keep_freed_memory()
+    """Options that every benchmark has."""
     options = argparse.ArgumentParser(description=description)
     options.add_argument(
         "--cpu-time",

@@ -38,7 +38,6 @@ sys.path.append(str(Path(__file__).parents[1]))  # for a call by path, which fin
 from benchmarks import common, moe_layer, torch_models
 from benchmarks.common import Row
 from moe import config as config_lib
-from moe.host import keep_freed_memory
 from moe.parallel.dispatch import sorts_fast
 from moe.parallel.mesh import MeshConfig, make_mesh
 from train import Step, make_step, to_devices
@@ -185,7 +184,6 @@ def resident(name: str, case: Case) -> tuple[float, float | None]:
     """MiB that the step adds to this process's memory at most, and MiB that XLA states, None for other libraries."""
     step = None
     if name not in torch_models.NAMES:
-        keep_freed_memory()
         step = make(name, case)
     else:
         import torch

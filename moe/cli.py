@@ -10,7 +10,6 @@ from typing import NoReturn
 from absl import logging as absl_logging
 
 from moe.checkpoint import CheckpointError
-from moe.host import keep_freed_memory
 from moe.routers import ROUTERS
 
 USAGE, FAILURE = 2, 1
@@ -73,7 +72,6 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     """Runs a program's `main` on the command line; a known error ends it with one sentence and no traceback."""
     # What Orbax and tfds say at INFO and WARNING is about their own workings.
     absl_logging.set_verbosity(absl_logging.ERROR)
-    keep_freed_memory()
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UsageError as error:
