@@ -17,7 +17,7 @@ from moe.checkpoint import Checkpoints
 from moe.config import Config
 from moe.metrics import flatten, params_sha256, write_json
 from moe.parallel.mesh import make_mesh
-from moe.tasks import TASKS
+from moe.tasks import TASKS, caution
 from moe.workdir import fit_mesh, read_config
 from train import DEFAULT_CONFIG, make_step
 
@@ -56,6 +56,8 @@ def main(argv: Sequence[str]) -> None:
         if notice := fit_mesh(table, overrides):
             print(notice)
         config = config_lib.resolve(table)
+    if notice := caution(config.model, config.moe, config.router):
+        print(notice)
     result = evaluate_checkpoint(config, workdir, arguments.step)
     print("\n".join(f"{name:<16} {value}" for name, value in result.items()))
     write_json(workdir / "evaluation.json", result)

@@ -29,7 +29,7 @@ from moe.metrics import MetricsWriter, Progress, flatten, params_sha256, per_lay
 from moe.models import Batch, Objective, Variables, make_model
 from moe.optim import make_optimizer
 from moe.parallel.mesh import batch_sharding, batch_shards, constrain_batch, make_mesh, param_shardings, replicated
-from moe.tasks import TASKS
+from moe.tasks import TASKS, caution
 from moe.types import PyTree
 from moe.workdir import open_workdir
 
@@ -199,6 +199,8 @@ def train(config: Config, table: ml_collections.ConfigDict, workdir: Path) -> di
             print(f"the config differs from the one that began this run: {difference}")
     for name, value in facts.items():
         print(f"{name}: {value}")
+    if notice := caution(config.model, config.moe, config.router):
+        print(notice)
     train_step = lowered.compile()
 
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)

@@ -22,6 +22,7 @@ from moe.data.text import TextConfig
 from moe.data.tokenizer import Tokenizer, open_tokenizer
 from moe.models import LmConfig, Model, Variables
 from moe.parallel.mesh import batch_shards
+from moe.tasks import caution
 from moe.workdir import load_model
 
 
@@ -165,6 +166,8 @@ def main(argv: Sequence[str]) -> None:
         loaded = load_model(Path(arguments.workdir), arguments.step, overrides)
         if not isinstance(loaded.config.model, LmConfig) or not isinstance(loaded.config.data, TextConfig):
             raise ValueError(f"{arguments.workdir} holds a model of images, which writes no text.")
+        if notice := caution(loaded.config.model, loaded.config.moe, loaded.config.router):
+            raise ValueError(notice)
         tokenizer = open_tokenizer(loaded.config.data.tokenizer)
         prompts = encode_prompts(tokenizer, arguments.prompt, arguments.max_tokens, loaded.config.model)
     steps = generate(

@@ -5,7 +5,10 @@ from typing import Any, NamedTuple
 
 from moe.data import pipeline, text
 from moe.evaluation import classify, language
-from moe.models import LmConfig, ViTConfig
+from moe.layers.moe import MoeConfig
+from moe.models import LmConfig, ModelConfig, ViTConfig
+from moe.routers import ROUTERS, Router
+from moe.routers.causality import sees_later_tokens
 
 
 class Task(NamedTuple):
@@ -45,6 +48,17 @@ def check_text(data: text.TextConfig, model: LmConfig) -> dict[str, str]:
         raise ValueError(f"data.length = {data.length} tokens exceed model.length = {model.length}.")
     text.check_vocabulary(data, model.vocab_size)
     return {f"manifest/{name}": sha256 for name, sha256 in text.inspect_text(data).manifests.items()}
+
+
+def caution(model: ModelConfig, moe: MoeConfig, router: Router) -> str:
+    """A sentence on what a config makes of its measures that one might not expect, or ""."""
+    if not isinstance(model, LmConfig) or not model.moe_every or not sees_later_tokens(router, moe.num_experts):
+        return ""
+    name = next(name for name, kind in ROUTERS.items() if type(router) is kind)
+    return (
+        f"router {name} chooses a token's experts by tokens that come after it: bits_per_byte and perplexity are lower "
+        "than the next token can be predicted, and no text can be generated. Another router looks at each token alone."
+    )
 
 
 TASKS: Mapping[str, Task] = {

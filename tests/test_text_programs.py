@@ -76,6 +76,13 @@ def test_train_evaluate_and_generate(config: str, tmp_path: Path, capsys: pytest
     assert run(generate, f"--workdir={workdir}", "--prompt=The", "--prompt=", "--max-tokens=4", "--top-k=5") == 0
     assert capsys.readouterr().out.startswith("The")
 
+    across = "--config.router.name=expert_choice"
+    sentence = "router expert_choice chooses a token's experts by tokens that come after it"
+    assert run(evaluate, f"--workdir={workdir}", across) == 0
+    assert sentence in capsys.readouterr().out
+    assert run(generate, f"--workdir={workdir}", "--prompt=The", across) == cli.USAGE
+    assert sentence in capsys.readouterr().err
+
 
 def test_mistakes_are_one_sentence(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for override, sentence in (
