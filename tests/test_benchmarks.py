@@ -3,13 +3,15 @@
 import functools
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import moe_layer, torch_layers
+from benchmarks import moe_layer, torch_layers, torch_models, train_step
+from benchmarks.train_step import Case
 
 ROOT = Path(__file__).parents[1]
 TOKENS = 64
@@ -35,6 +37,18 @@ def test_choices_are_queued_first_choices_first_in_every_group(skewed: bool) -> 
     np.testing.assert_array_equal(rows.expert, np.hstack([expert_TK[tokens, rank] for rank in range(moe_layer.K)]))
     share = np.mean(moe_layer.choices(4096, skewed) == 0)
     assert share == pytest.approx(moe_layer.SKEW if skewed else 1 / moe_layer.EXPERTS, abs=0.02)
+
+
+def test_training_steps_are_compared_with_a_twin_of_equal_active_flops() -> None:
+    case = Case(width=16, depth=1, experts=2, hidden=8, k=1, heads=2, kv_heads=1, length=8, batch=2)
+    table = train_step.speeds("tiny", case, torch_models.NAMES, time.perf_counter, seconds=0.0)
+    rows = {row["name"]: row for row in table}
+    assert set(rows) >= {"moe", "moe_dropless", "dense", "moe, share of peak"}
+    assert rows["dense"]["ratio"] == 1
+    assert rows["moe / dense"]["value"] == pytest.approx(rows["moe"]["ratio"])
+    # The gate is all that the twin hasn't.
+    gate = 3 * 2 * case.batch * case.length * case.depth * case.width * case.experts
+    assert case.flops(dense=False) - case.flops(dense=True) == gate
 
 
 @pytest.mark.parity
