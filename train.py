@@ -34,6 +34,9 @@ from moe.types import PyTree
 from moe.workdir import open_workdir
 
 DEFAULT_CONFIG = "configs/digits.py"
+# How the training step is compiled, by platform. On CPU XLA orders operations for a concurrency that a few cores don't
+# have, at the cost of up to half as much again in temporaries.
+_COMPILER_OPTIONS = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
 
 
 class TrainState(NamedTuple):
@@ -132,7 +135,13 @@ def make_step(config: Config, mesh: Mesh) -> Step:
     predict = jax.jit(score, in_shardings=(shardings.variables, rows), out_shardings=replicated(mesh))
     return Step(
         init=jax.jit(init, out_shardings=shardings),
-        train=jax.jit(train, donate_argnums=0, in_shardings=(shardings, rows), out_shardings=(shardings, None)),
+        train=jax.jit(
+            train,
+            donate_argnums=0,
+            in_shardings=(shardings, rows),
+            out_shardings=(shardings, None),
+            compiler_options=_COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
+        ),
         gradients=gradients,
         predict=lambda variables, batch: predict(variables, to_devices(batch, config.model.scored, mesh)),
         abstract_state=jax.tree.map(
