@@ -34,8 +34,8 @@ from moe.types import PyTree
 from moe.workdir import open_workdir
 
 DEFAULT_CONFIG = "configs/digits.py"
-# How the training step is compiled, by platform. On CPU XLA orders operations for a concurrency that a few cores don't
-# have, at the cost of up to half as much again in temporaries.
+# How the training step is compiled, by platform. On CPU XLA by default orders operations for a concurrency that a few
+# cores don't have, and temporaries take half as much memory again, or more.
 _COMPILER_OPTIONS = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
 
 

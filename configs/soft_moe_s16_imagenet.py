@@ -15,10 +15,9 @@ reciprocal root.
 for a v6e chip, which 9 and 43 cores feed at 350 a core (benchmarks/image_pipeline.py).
 """
 
-import math
-
 import ml_collections
 
+from configs.base.image import get_imagenet
 from configs.base.slices import meshes
 
 # The batch is the same on each, and so is the result.
@@ -34,79 +33,21 @@ MESHES = meshes(
 
 def get_config(preset: str = "v5e-8") -> ml_collections.ConfigDict:
     """The config on a slice of MESHES; every field can be set on the command line as --config.FIELD=VALUE."""
-    config = ml_collections.ConfigDict()
-    config.seed = 0
-    config.steps = 92_899
-    config.batch_size = 4096
-    config.accumulation_steps = 1
-    config.label_smoothing = 0.0
-    config.loss = "sigmoid"
-    config.init_from = ""
-    config.upcycle = {"method": "copy", "noise": 0.0, "drop": 0.0, "output_scale": 1.0}
-    config.log_every = 100
-    config.evaluate_every = 1000
-    config.data = {
-        "name": "imagenet2012",
-        "data_dir": "",
-        "train_split": "train[:99%]",
-        "test_split": "validation",
-        "image_size": 224,
-        "shuffle": True,
-        "in_memory": False,
-        "threads": 16,
-        "workers": 0,
-        "prefetch": 2,
-        "augment": {"shift": 0.0, "rotate_degrees": 0.0, "scale": 0.0, "flip": False, "shear_degrees": 0.0},
-        "photo": {
-            "min_area": 0.05,
-            "max_ratio": 4 / 3,
-            "flip": True,
-            "randaugment": {"layers": 2, "magnitude": 10.0},
-            "resize": 256,
-            "value_range": (-1.0, 1.0),
-        },
-    }
-    config.model = {
-        "name": "vit",
-        "image_size": (224, 224, 3),
+    config = get_imagenet()
+    config.model.update({
         "patch_size": 16,
-        "num_classes": 1000,
         "pooling": "mean",
         "representation_width": 0,
-        "head_bias": -math.log(1000),
         "width": 384,
         "depth": 12,
         "heads": 6,
         "mlp_width": 1536,
-        "activation": "gelu",
         "moe_every": 1,
         "dense_layers": 6,
-        "scan_layers": True,
         "remat": "dots",
-        "dtype": "bfloat16",
-    }
-    config.moe = {
-        "num_experts": 128,
-        "expert_width": 1536,
-        "group_size": 1,
-        "dispatch": "auto",
-        "capacity_factor": 1.05,
-        "evaluation_capacity_factor": 0.0,
-        "receive_factor": 4.0,
-        "balance_scope": "group",
-        "shared_experts": 0,
-        "shared_gate": False,
-    }
+    })  # fmt: skip
+    config.moe.update({"num_experts": 128, "expert_width": 1536, "group_size": 1})
     config.router = {"name": "soft", "k": 2, "soft": {"slots": 1, "normalize": True}}
-    config.optimizer = {
-        "learning_rate": 1e-3,
-        "warmup_steps": 10_000,
-        "final_fraction": 0.0,
-        "weight_decay": 0.03,
-        "b1": 0.9,
-        "b2": 0.999,
-        "clip_norm": 1.0,
-    }
+    config.optimizer.update({"learning_rate": 1e-3, "final_fraction": 0.0, "weight_decay": 0.03})
     config.mesh = dict(MESHES[preset])
-    config.checkpoint = {"every": 1000, "keep": 3}
     return config
