@@ -36,7 +36,9 @@ from moe.workdir import open_workdir
 DEFAULT_CONFIG = "configs/digits.py"
 # How the training step is compiled, by platform. On CPU XLA by default orders operations for a concurrency that a few
 # cores don't have, and temporaries take half as much memory again, or more.
-_COMPILER_OPTIONS = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
+_COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
+    "cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+}
 
 
 class TrainState(NamedTuple):
@@ -53,12 +55,14 @@ class Step(NamedTuple):
 
     init(key) -> state, born sharded. train(state, batch) -> state, metrics. predict(variables, batch) -> scores, for
     evaluation.
+    compiler_options: what `train` is best compiled with, `.lower(…).compile(compiler_options)`.
     gradients(state, batch) -> gradient, (metrics, router state): what `train` applies, not jitted.
     abstract_state, abstract_batch: shapes, types and shardings of what `train` takes.
     """
 
     init: Any
     train: Any
+    compiler_options: dict[str, Any]
     gradients: Callable[[TrainState, Batch], tuple[PyTree, tuple[PyTree, PyTree]]]
     predict: Callable[[Variables, Batch], PyTree]
     abstract_state: TrainState
@@ -135,13 +139,8 @@ def make_step(config: Config, mesh: Mesh) -> Step:
     predict = jax.jit(score, in_shardings=(shardings.variables, rows), out_shardings=replicated(mesh))
     return Step(
         init=jax.jit(init, out_shardings=shardings),
-        train=jax.jit(
-            train,
-            donate_argnums=0,
-            in_shardings=(shardings, rows),
-            out_shardings=(shardings, None),
-            compiler_options=_COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
-        ),
+        train=jax.jit(train, donate_argnums=0, in_shardings=(shardings, rows), out_shardings=(shardings, None)),
+        compiler_options=_COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {}),
         gradients=gradients,
         predict=lambda variables, batch: predict(variables, to_devices(batch, config.model.scored, mesh)),
         abstract_state=jax.tree.map(
@@ -210,7 +209,7 @@ def train(config: Config, table: ml_collections.ConfigDict, workdir: Path) -> di
         print(f"{name}: {value}")
     if notice := caution(config.model, config.moe, config.router):
         print(notice)
-    train_step = lowered.compile()
+    train_step = lowered.compile(step.compiler_options)
 
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     restored = restore_newest(checkpoints, step)

@@ -187,7 +187,8 @@ def digits_steps() -> tuple[Any, Any]:
         return state, {name: values for name, values in metrics.items() if name != "moe"}
 
     # As programs of one kind, which both copy the state.
-    calls = [jax.jit(run).lower(state, batch).compile() for run in (with_metrics, without_metrics)]
+    lowered = [jax.jit(run).lower(state, batch) for run in (with_metrics, without_metrics)]
+    calls = [program.compile(step.compiler_options) for program in lowered]
     return functools.partial(calls[0], state, batch), functools.partial(calls[1], state, batch)
 
 

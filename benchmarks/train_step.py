@@ -110,7 +110,8 @@ class Trainer:
         config = config_of(name, case)
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         self.step: Step = make_step(config, mesh)
-        self.train = self.step.train.lower(self.step.abstract_state, self.step.abstract_batch).compile()
+        lowered = self.step.train.lower(self.step.abstract_state, self.step.abstract_batch)
+        self.train = lowered.compile(self.step.compiler_options)
         token_BL = tokens(case)
         batch = {
             "tokens": token_BL,

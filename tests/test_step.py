@@ -163,6 +163,13 @@ def _assert_equivalent(x: jax.Array, sharding: jax.sharding.Sharding) -> None:
     assert x.sharding.is_equivalent_to(sharding, x.ndim)
 
 
+def test_the_step_can_be_part_of_a_larger_program() -> None:
+    """What it is compiled with is said beside it, since a jitted function with options of its own can't be nested."""
+    step = train.make_step(CONFIG, make_mesh(CONFIG.mesh, jax.devices()[:1]))
+    jax.jit(lambda state, batch: step.train(state, batch)[0]).lower(step.abstract_state, step.abstract_batch)
+    assert step.compiler_options
+
+
 def test_the_expert_mesh_moves_tokens_and_not_weights() -> None:
     """All-to-all in the compiled step; no all-gather as large as an expert's matrices.
 
