@@ -31,6 +31,7 @@ from moe.optim import make_optimizer
 from moe.parallel.mesh import batch_sharding, batch_shards, constrain_batch, make_mesh, param_shardings, replicated
 from moe.tasks import TASKS, caution
 from moe.types import PyTree
+from moe.unstacked import Loop, make_loop, stack
 from moe.workdir import open_workdir
 
 DEFAULT_CONFIG = "configs/digits.py"
@@ -54,7 +55,7 @@ class Step(NamedTuple):
     """The programs of a run, jitted for its mesh.
 
     init(key) -> state, born sharded. train(state, batch) -> state, metrics. predict(variables, batch) -> scores, for
-    evaluation.
+    evaluation. loop: `train` for a run of many steps, see `Loop`.
     compiler_options: what `train` is best compiled with, `.lower(…).compile(compiler_options)`.
     gradients(state, batch) -> gradient, (metrics, router state): what `train` applies, not jitted.
     abstract_state, abstract_batch: shapes, types and shardings of what `train` takes.
@@ -62,6 +63,7 @@ class Step(NamedTuple):
 
     init: Any
     train: Any
+    loop: Loop
     compiler_options: dict[str, Any]
     gradients: Callable[[TrainState, Batch], tuple[PyTree, tuple[PyTree, PyTree]]]
     predict: Callable[[Variables, Batch], PyTree]
@@ -91,7 +93,7 @@ def make_step(config: Config, mesh: Mesh) -> Step:
     def loss_fn(
         params: PyTree, router_state: PyTree, batch: Batch, keys: jax.Array, terms: jax.Array
     ) -> tuple[jax.Array, PyTree]:
-        variables = Variables(params, router_state)
+        variables = Variables(stack(params), router_state)
         output = model.loss(variables, batch, keys=keys, mesh=mesh, objective=objective)
         router_losses = {name: jnp.sum(values) for name, values in output.routers.losses.items()}
         loss = output.loss / terms + sum(router_losses.values())
@@ -136,16 +138,25 @@ def make_step(config: Config, mesh: Mesh) -> Step:
     abstract = jax.eval_shape(init, jax.random.key(config.seed))
     shardings = state_shardings(abstract, model.axes, optimizer, mesh)
     rows = batch_sharding(mesh)
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+    )
     predict = jax.jit(score, in_shardings=(shardings.variables, rows), out_shardings=replicated(mesh))
+
+    def jitted(abstract_state: TrainState) -> Any:
+        laid = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+        return jax.jit(train, donate_argnums=0, in_shardings=(laid, rows), out_shardings=(laid, None))
+
+    platform = mesh.devices.flat[0].platform
+    apart = platform == "cpu" and not config.model.scan_layers
     return Step(
         init=jax.jit(init, out_shardings=shardings),
-        train=jax.jit(train, donate_argnums=0, in_shardings=(shardings, rows), out_shardings=(shardings, None)),
-        compiler_options=_COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {}),
+        train=jitted(abstract),
+        loop=make_loop(jitted, abstract, model.axes.params, optimizer, apart=apart),
+        compiler_options=_COMPILER_OPTIONS.get(platform, {}),
         gradients=gradients,
         predict=lambda variables, batch: predict(variables, to_devices(batch, config.model.scored, mesh)),
-        abstract_state=jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
-        ),
+        abstract_state=abstract,
         abstract_batch=jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows),
             config.model.train_batch(config.batch_size, config.data),
@@ -197,7 +208,7 @@ def train(config: Config, table: ml_collections.ConfigDict, workdir: Path) -> di
         examples = task.make_train_iterator(config.data, config.batch_size, config.seed, *hosts)
         test_batches = task.make_eval_batches(config.data, config.data.test_split, config.batch_size, *hosts)
         step = make_step(config, mesh)
-        lowered = step.train.lower(step.abstract_state, step.abstract_batch)
+        lowered = step.loop.train.lower(step.loop.abstract_state, step.abstract_batch)
         initial = None
         if config.init_from and complete_steps(workdir / "checkpoints"):
             print(f"{workdir} has checkpoints of its own: nothing is taken from init_from = {config.init_from}")
@@ -222,6 +233,7 @@ def train(config: Config, table: ml_collections.ConfigDict, workdir: Path) -> di
         state, position = restored
         examples.set_state(position)
     start = int(state.step)
+    state = step.loop.enter(state)
 
     writer, progress = MetricsWriter(workdir, start), Progress(config.steps, start)
     logged_at, logged_step = time.monotonic(), start
@@ -236,21 +248,21 @@ def train(config: Config, table: ml_collections.ConfigDict, workdir: Path) -> di
             progress.log(index, values["train/loss"], values["examples_per_second"])
             logged_at, logged_step = time.monotonic(), index
         if is_due(index, config.checkpoint.every, config.steps):
-            checkpoints.save(index, state, examples.get_state())
+            checkpoints.save(index, step.loop.leave(state), examples.get_state())
         if is_due(index, config.evaluate_every, config.steps):
-            test = task.evaluate(step.predict, state.variables, test_batches)
+            test = task.evaluate(step.predict, step.loop.leave(state.variables), test_batches)
             writer.write(index, flatten(test, "test"))
     progress.close()
     writer.close()
     examples.close()
     checkpoints.close()
 
-    test = test or task.evaluate(step.predict, state.variables, test_batches)
+    test = test or task.evaluate(step.predict, step.loop.leave(state.variables), test_batches)
     result = {
         "step": int(state.step),
         **flatten(test, "test"),
         **facts,
-        "params/sha256": params_sha256(state.variables.params),
+        "params/sha256": params_sha256(step.loop.leave(state.variables.params)),
     }
     write_json(workdir / "result.json", result)
     return result

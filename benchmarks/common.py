@@ -35,12 +35,15 @@ def interleaved(
     seconds: float = 20.0,
     clock: Callable[[], float] = time.perf_counter,
     rest: float = 0.0,
+    warm: int = 0,
 ) -> dict[str, float]:
     """Median milliseconds per call of each function: all run in turn, so that a busy machine slows all alike.
 
     Every function is called once before, to compile. Stops after `repeats` rounds, or after `seconds` and three rounds.
     clock: time.process_time counts the processor time of all threads, which other work on the machine leaves alone.
     rest: seconds before each call, in which the threads of another library stop to wait for work.
+    warm: calls before each timed one, for what follows itself where it is used: memory that a call gives back may have
+        gone from the machine by the time that all others have been called, and comes back page by page.
     """
     for function in functions.values():
         jax.block_until_ready(function(*arguments))
@@ -51,6 +54,8 @@ def interleaved(
             break
         for name, function in functions.items():
             time.sleep(rest)
+            for _ in range(warm):
+                jax.block_until_ready(function(*arguments))
             start = clock()
             jax.block_until_ready(function(*arguments))
             times[name].append(1e3 * (clock() - start))

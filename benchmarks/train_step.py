@@ -8,7 +8,8 @@ without QK-norm, which Mixtral doesn't have; `moe_dropless`: the same without ca
 `dense`: its twin of equal active FLOPs, every MLP k times as wide as an expert. With the extra `parity` the same run
 times Mixtral of transformers (`hf_grouped_mm`, `hf_eager`) and Mistral (`hf_dense`), which is the twin of those.
 Ratios are over hf_grouped_mm, or over `dense` without it; those of `moe / dense` stand in rows of their own.
-Steps run in turns, and every time is a median.
+Steps run in turns of two, of which the second counts, as in training a step follows one of its own; every time is a
+median.
 Rows `…, share of peak`: the matrix products that a step needs (attention counts only the keys that a token sees), a
 second, over the fastest product measured in the same run, `peak, …`.
 
@@ -110,7 +111,8 @@ class Trainer:
         config = config_of(name, case)
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         self.step: Step = make_step(config, mesh)
-        lowered = self.step.train.lower(self.step.abstract_state, self.step.abstract_batch)
+        loop = self.step.loop
+        lowered = loop.train.lower(loop.abstract_state, self.step.abstract_batch)
         self.train = lowered.compile(self.step.compiler_options)
         token_BL = tokens(case)
         batch = {
@@ -126,7 +128,7 @@ class Trainer:
     def __call__(self) -> Any:
         """One step, the first from fresh parameters."""
         if self.state is None:
-            self.state = self.step.init(jax.random.key(0))
+            self.state = self.step.loop.enter(self.step.init(jax.random.key(0)))
         self.state, metrics = self.train(self.state, self.batch)
         return self.state, metrics
 
@@ -158,7 +160,7 @@ def speeds(label: str, case: Case, skipped: Sequence[str], clock: Callable[[], f
     peaks = moe_layer.products(rows, case.width, case.k * case.hidden)
     calls = steps | {name: call for name, (_, call) in peaks.items()}
     # The threads of one library rest before another's begin.
-    times = common.interleaved(calls, repeats=9, seconds=seconds, clock=clock, rest=0.05)
+    times = common.interleaved(calls, repeats=9, seconds=seconds, clock=clock, rest=0.05, warm=1)
     rates = {name: 1e-6 * flops / times[name] for name, (flops, _) in peaks.items()}
     fastest = max(rates, key=lambda name: rates[name])
     per_second = {name: 1e3 * rows / times[name] for name in steps}
@@ -230,7 +232,7 @@ def main() -> None:
     options.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="which sizes")
     options.add_argument("--skip", nargs="+", default=[], metavar="NAME", help="steps to leave out")
     options.add_argument("--memory", action="store_true", help="measure memory, not time")
-    options.add_argument("--seconds", type=float, default=60.0, help="of a case, after which three rounds are enough")
+    options.add_argument("--seconds", type=float, default=150.0, help="of a case, after which three rounds are enough")
     arguments = options.parse_args()
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     if torch_models.MISSING:

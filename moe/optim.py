@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from moe.types import PyTree
@@ -53,13 +54,26 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     adamw = optax.adamw(
         make_schedule(config, steps), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=_is_matrix
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    return optax.chain(_clip(config.clip_norm), adamw) if config.clip_norm else adamw
+
+
+def _clip(limit: float) -> optax.GradientTransformation:
+    """As `optax.clip_by_global_norm`, but by one factor, which XLA multiplies where the gradient is used.
+
+    A quotient of every entry it would keep, an array as large as the gradient.
+    """
+
+    def update(gradient: PyTree, _: PyTree) -> PyTree:
+        factor = limit / jnp.maximum(optax.tree.norm(gradient), limit)
+        return jax.tree.map(lambda x: x * factor, gradient)
+
+    return optax.stateless(update)
 
 
 def _is_matrix(params: PyTree) -> PyTree:
-    # By name, since stacking over layers gives a norm's scale two axes as well.
+    # By name, since stacking over layers gives a norm's scale two axes as well; a list of layers adds none.
     def one(path: tuple, _: jax.Array) -> bool:
-        name = jax.tree_util.keystr(path[-1:], simple=True)
+        name = next(str(key.key) for key in reversed(path) if isinstance(key, jax.tree_util.DictKey))
         return name not in ("scale", "position") and not name.startswith("bias")
 
     return jax.tree_util.tree_map_with_path(one, params)

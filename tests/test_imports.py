@@ -13,7 +13,7 @@ ORDER = [
     ["moe.parallel"],
     ["moe.layers"],
     ["moe.models"],
-    ["moe.data", "moe.evaluation", "moe.optim", "moe.checkpoint", "moe.metrics"],
+    ["moe.data", "moe.evaluation", "moe.optim", "moe.checkpoint", "moe.metrics", "moe.unstacked"],
     ["moe.tasks"],
     ["moe.config"],
     ["moe.workdir", "moe.cli"],
