@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.tpu_program import ENVIRONMENT
+from moe.plan.program import ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
 TOKENS = 65536

@@ -7,7 +7,7 @@ Needs no TPU: libtpu (extra `tpu-aot`) compiles forward and backward of every im
 the figures are read from what it makes; nothing is timed. 65 536 tokens in 16 groups, D = 1024, F = 4096, E = 32,
 K = 2, SwiGLU, activations in bfloat16, matrices in float32; a mesh of data x expert. Routing itself isn't in it.
 
-FLOPs: over those of 3 products of every choice with each matrix; kernels as `tpu_program.flops` counts them, for
+FLOPs: over those of 3 products of every choice with each matrix; kernels as `program.flops` counts them, for
 choices drawn uniformly, which need no further round of exchange; and at most: all rounds that are compiled, each with
 as many rows as a device has, however they fall to its experts. Memory is per device, and has room for all rounds.
 Bytes are those of the collectives' results on one device; cycles what the compiler estimates for fusions, and the
@@ -33,12 +33,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from benchmarks import common, tpu_program
+from benchmarks import common
 from benchmarks.tpu_kernels import ROOT, schedule_cycles
 from moe.layers.mlp import WEIGHT_AXES, mlp
 from moe.ops.permute import capacity
 from moe.parallel.dispatch import dispatch
 from moe.parallel.mesh import BATCH_AXES, MESH_AXES, partition_spec
+from moe.plan import program
 from moe.types import Assignments
 
 # A slice of 16 chips, and the cores that share a kernel's grid.
@@ -115,37 +116,37 @@ def compile_layer(shape: Shape, implementation: Implementation, mesh: Mesh) -> j
     return step.trace(x, weights, routing.weight, routing).lower(lowering_platforms=("tpu",)).compile()
 
 
-def uniform_visits(shape: Shape, groups: int) -> tpu_program.Visits:
+def uniform_visits(shape: Shape, groups: int) -> program.Visits:
     """Mean over the shards of experts when every choice is as likely to be any expert."""
     shards = shape.experts // groups
     here = shape.tokens * shape.k // 16
     counts = np.random.default_rng(0).multinomial(shards * here, [1 / shape.experts] * shape.experts)
     sizes = -(-counts.reshape(shards, groups) // BLOCK) * BLOCK
-    return lambda kernel: float(np.mean([tpu_program.visited(one.tolist(), kernel.rows) for one in sizes]))
+    return lambda kernel: float(np.mean([program.visited(one.tolist(), kernel.rows) for one in sizes]))
 
 
 def measure(shape: Shape, compiled: jax.stages.Compiled, groups: int, dump: Path, cores: int) -> dict[str, float]:
     """The figures of one program; `dump` holds its schedules."""
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
     drawn = uniform_visits(shape, groups)
-    most = tpu_program.most_visits(shape.tokens * shape.k // 16, groups, BLOCK)
+    most = program.most_visits(shape.tokens * shape.k // 16, groups, BLOCK)
     files = {file.name.split("-")[1]: file for file in dump.glob("*-*-final_bundles.txt")}
-    schedules = {one.module: files[one.name] for one in tpu_program.kernels(hlo) if one.name in files}
+    schedules = {one.module: files[one.name] for one in program.kernels(hlo) if one.name in files}
 
-    def kernel_cycles(kernel: tpu_program.Kernel) -> float:
+    def kernel_cycles(kernel: program.Kernel) -> float:
         schedule = schedule_cycles(schedules[kernel.module].read_text())
         return schedule * kernel.steps * (drawn(kernel) if kernel.dynamic else 1)
 
     active = shape.active_flops(16)
     figures = {
-        "FLOPs / active": tpu_program.flops(hlo, drawn, min) / active,
-        "at most": tpu_program.flops(hlo, most) / active,
+        "FLOPs / active": program.flops(hlo, drawn, min) / active,
+        "at most": program.flops(hlo, most) / active,
         "temp MB": memory.temp_size_in_bytes / 1e6,
         "peak MB": memory.peak_memory_in_bytes / 1e6,
-        "fusions, Mcycles": tpu_program.fusion_cycles(hlo, min) / 1e6,
-        "kernels, Mcycles": tpu_program.kernel_total(hlo, kernel_cycles, min) / cores / 1e6,
+        "fusions, Mcycles": program.fusion_cycles(hlo, min) / 1e6,
+        "kernels, Mcycles": program.kernel_total(hlo, kernel_cycles, min) / cores / 1e6,
     }
-    return figures | {f"{kind} MB": size / 1e6 for kind, size in tpu_program.collective_bytes(hlo, min).items()}
+    return figures | {f"{kind} MB": size / 1e6 for kind, size in program.collective_bytes(hlo, min).items()}
 
 
 def worker(chip: str, only: list[str], expert: list[int], dump: Path) -> Iterator[dict[str, Any]]:
@@ -174,7 +175,7 @@ def run_chip(chip: str, only: list[str], expert: list[int]) -> list[dict[str, An
         flags = {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"}
         options = ["--worker", dump, "--chips", chip, "--only", *only, "--expert", *map(str, expert)]
         command = [sys.executable, "-m", "benchmarks.tpu_moe_layer", *options]
-        environment = os.environ | tpu_program.ENVIRONMENT | flags
+        environment = os.environ | program.ENVIRONMENT | flags
         done = subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

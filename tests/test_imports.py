@@ -18,9 +18,9 @@ ORDER = [
     ["moe.config"],
     ["moe.workdir", "moe.cli"],
     ["moe.generate", "moe.convert"],
-    ["moe.initial"],
+    ["moe.initial", "moe.plan"],
     ["train"],
-    ["evaluate"],
+    ["evaluate", "plan"],
 ]
 RANK = {place: rank for rank, places in enumerate(ORDER) for place in places}
 # Plain JAX up to the layers, and no mesh before there is one.
@@ -45,7 +45,12 @@ def imported(tree: ast.AST) -> set[str]:
 
 
 def sources() -> list[tuple[str, Path]]:
-    files = [*(REPOSITORY / "moe").rglob("*.py"), REPOSITORY / "train.py", REPOSITORY / "evaluate.py"]
+    files = [
+        *(REPOSITORY / "moe").rglob("*.py"),
+        REPOSITORY / "train.py",
+        REPOSITORY / "evaluate.py",
+        REPOSITORY / "plan.py",
+    ]
     dotted = [".".join(path.relative_to(REPOSITORY).with_suffix("").parts) for path in files]
     named = [(name.removesuffix(".__init__"), path) for name, path in zip(dotted, files, strict=True)]
     return [(name, path) for name, path in named if name != "moe"]

@@ -41,6 +41,12 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over `devices` (all by default). Raises ValueError if its sizes don't multiply to their number."""
     devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(config, len(devices))
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+
+
+def mesh_shape(config: MeshConfig, count: int) -> tuple[int, ...]:
+    """Sizes of the mesh's axes over `count` devices. Raises ValueError if they don't multiply to their number."""
     sizes = dataclasses.asdict(config)
     wrong = {axis: size for axis, size in sizes.items() if size < 1 and size != -1}
     free = [axis for axis, size in sizes.items() if size == -1]
@@ -48,14 +54,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         raise ValueError(f"mesh sizes {sizes} must be positive, with at most one -1 for the devices left over.")
     known = math.prod(size for size in sizes.values() if size != -1)
     if free:
-        sizes[free[0]] = len(devices) // known
-    if math.prod(sizes.values()) != len(devices):
+        sizes[free[0]] = count // known
+    if math.prod(sizes.values()) != count:
         product = " × ".join(f"{axis}={size}" for axis, size in dataclasses.asdict(config).items())
         raise ValueError(
-            f"mesh {product} doesn't fill the {len(devices)} devices here: its sizes must multiply to that number."
+            f"mesh {product} doesn't fill the {count} devices here: its sizes must multiply to that number."
         )
-    shape = tuple(sizes[axis] for axis in MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    return tuple(sizes[axis] for axis in MESH_AXES)
 
 
 def batch_shards(mesh: Mesh) -> int:

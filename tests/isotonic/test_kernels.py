@@ -12,11 +12,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.tpu_program import ENVIRONMENT
 from moe import isotonic, topk
 from moe.isotonic import implementation, networks
 from moe.isotonic.kernels import dykstra, threshold
 from moe.isotonic.kernels.tiles import Tiling
+from moe.plan.program import ENVIRONMENT
 from tests.compiling import AS_USERS
 from tests.oracles import operators
 

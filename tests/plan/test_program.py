@@ -15,9 +15,10 @@ from jax.experimental import topologies
 from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
 from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
-from benchmarks import tpu_moe_layer, tpu_program
+from benchmarks import tpu_moe_layer
 from moe.ops.grouped_matmul import grouped_matmul
 from moe.parallel.mesh import MESH_AXES
+from moe.plan import program
 
 HLO = """HloModule m
 
@@ -55,18 +56,18 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 def test_flops_are_counted_by_hand() -> None:
     """Of the dilated convolution, a batch of 3, only one pair for each output is in place."""
     batch, dot = 2 * 3 * 4 * 5 * 6, 2 * 2 * 2 * 3
-    assert tpu_program.flops(HLO) == 7 * batch + 2 * dot
-    assert tpu_program.flops(HLO, branch=min) == 7 * batch + dot
+    assert program.flops(HLO) == 7 * batch + 2 * dot
+    assert program.flops(HLO, branch=min) == 7 * batch + dot
 
 
 def test_bytes_and_cycles_are_counted_by_hand() -> None:
-    assert tpu_program.collective_bytes(HLO) == {"all-gather": 32, "all-to-all": 7 * 64, "ragged-all-to-all": 24}
-    assert tpu_program.fusion_cycles(HLO) == 30
+    assert program.collective_bytes(HLO) == {"all-gather": 32, "all-to-all": 7 * 64, "ragged-all-to-all": 24}
+    assert program.fusion_cycles(HLO) == 30
 
 
 def test_a_loop_of_unknown_length_is_named() -> None:
     with pytest.raises(ValueError, match=r"the condition of while.3 holds the constants \[\], not one trip count"):
-        tpu_program.flops(HLO.replace("constant(7)", "parameter(0)"))
+        program.flops(HLO.replace("constant(7)", "parameter(0)"))
 
 
 def test_visits_are_those_of_megablox() -> None:
@@ -82,11 +83,11 @@ def test_visits_are_those_of_megablox() -> None:
             num_nonzero_groups=groups,
             visit_empty_groups=False,
         )
-        assert tpu_program.visited(sizes.tolist(), tile) == visits
-        kernel = tpu_program.Kernel("gmm", 0.0, 1, True, tile, 0, "")
-        assert visits <= tpu_program.most_visits(60, groups, block)(kernel)
+        assert program.visited(sizes.tolist(), tile) == visits
+        kernel = program.Kernel("gmm", 0.0, 1, True, tile, 0, "")
+        assert visits <= program.most_visits(60, groups, block)(kernel)
         aligned = kernel._replace(rows=block)
-        assert tpu_program.visited(sizes.tolist(), block) <= tpu_program.most_visits(60, groups, block)(aligned)
+        assert program.visited(sizes.tolist(), block) <= program.most_visits(60, groups, block)(aligned)
 
 
 # The real compiler ----------------------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ BOUND = 1.15 + EXPERTS * BLOCK / ROWS
 def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[jax.Device]:
     """Four that this machine doesn't have."""
     pytest.importorskip("libtpu", reason="libtpu is not installed: pip install 'moe-jax[tpu-aot]'")
-    for name, value in tpu_program.ENVIRONMENT.items():
+    for name, value in program.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     return list(topologies.get_topology_desc(platform="tpu", topology_name=request.param).devices)
 
@@ -118,7 +119,7 @@ def product_flops(device: jax.Device, implementation: str | None, wanted: tuple[
 
     step = jax.jit(jax.grad(loss, argnums=wanted))
     hlo = step.trace(x, w, sizes_E).lower(lowering_platforms=("tpu",)).compile().as_text()
-    found = tpu_program.flops(hlo, tpu_program.most_visits(ROWS, EXPERTS, BLOCK))
+    found = program.flops(hlo, program.most_visits(ROWS, EXPERTS, BLOCK))
     return found / ((3 if len(wanted) == 2 else 1) * 2 * ROWS * WIDTH * HIDDEN)
 
 
@@ -141,6 +142,6 @@ def test_the_layer_costs_its_rows_on_tpu(name: str, devices: list[jax.Device]) -
     mesh = Mesh(np.array(devices).reshape(2, 1, 2, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
     shape = tpu_moe_layer.Shape(tokens=2 * ROWS, width=WIDTH, hidden=HIDDEN, experts=2 * EXPERTS, k=2)
     compiled = tpu_moe_layer.compile_layer(shape, tpu_moe_layer.IMPLEMENTATIONS[name], mesh)
-    found = tpu_program.flops(compiled.as_text(), tpu_program.most_visits(ROWS, EXPERTS, BLOCK))
+    found = program.flops(compiled.as_text(), program.most_visits(ROWS, EXPERTS, BLOCK))
     factor = tpu_moe_layer.IMPLEMENTATIONS[name].capacity_factor
     assert 1 <= found / shape.active_flops(len(devices)) <= (BOUND if factor is None else 1.15 * factor)

@@ -53,6 +53,14 @@ Cost = Callable[[Instruction], float]
 Branch = Callable[[Iterable[float]], float]
 
 
+def match(pattern: str, text: str) -> re.Match[str]:
+    """Where the pattern is in an instruction's text. Raises ValueError if it isn't."""
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"this text of the compiler's has no {pattern}: {text[:200]}.")
+    return found
+
+
 def listed_visits(kernel: Kernel) -> float:
     """What a dynamic grid dimension can be at most, whatever the groups' sizes."""
     return kernel.listed
@@ -74,6 +82,7 @@ def visited(sizes: Sequence[int], tile: int) -> int:
     return sum(-(-stop // tile) - start // tile for start, stop in itertools.pairwise(ends) if stop > start)
 
 
+@functools.lru_cache(maxsize=2)
 def computations(hlo: str) -> dict[str, list[Instruction]]:
     """Instructions of each computation, the entry's under "ENTRY"."""
     found = {}
@@ -85,9 +94,17 @@ def computations(hlo: str) -> dict[str, list[Instruction]]:
     return found
 
 
-def total(hlo: str, cost: Cost, *, inside_fusions: bool = True, branch: Branch = max) -> float:
+def total(
+    hlo: str,
+    cost: Cost,
+    *,
+    inside_fusions: bool = True,
+    branch: Branch = max,
+    enter: Callable[[Instruction], bool] = lambda _: True,
+) -> float:
     """Sum of the cost of every instruction times how often it runs; of a conditional, the dearest or cheapest branch.
 
+    enter: whether what stands inside a fusion counts, where `inside_fusions` lets any.
     Raises ValueError for a loop whose trip count isn't one constant in its condition.
     """
     parts = computations(hlo)
@@ -101,10 +118,10 @@ def total(hlo: str, cost: Cost, *, inside_fusions: bool = True, branch: Branch =
         if each.operation == "while":
             return _trips(parts[names["condition"]], each.name) * of(names["body"])
         if each.operation == "conditional":
-            branches = re.search(r"branch_computations=\{([^}]*)\}", each.text)
+            branches = (re.search(r"branch_computations=\{([^}]*)\}", each.text) or ["", ""])[1]
             found = re.findall(r"(?:true|false)_computation=%([^,\s]+)", each.text)
-            return branch(of(name) for name in found or re.findall(r"%([^,\s]+)", branches[1]))
-        if each.operation in ("call", "async-start") or (each.operation == "fusion" and inside_fusions):
+            return branch(of(name) for name in found or re.findall(r"%([^,\s]+)", branches))
+        if each.operation in ("call", "async-start") or (each.operation == "fusion" and inside_fusions and enter(each)):
             return of(names.get("calls") or names["to_apply"])
         return 0.0
 
@@ -134,8 +151,8 @@ def flops(hlo: str, visits: Visits = listed_visits, branch: Branch = max) -> flo
         if each.operation == "convolution":
             return _convolution(each.text, shapes)
         if each.operation == "dot":
-            left = shapes[re.search(r" dot\((?:\w+\[[\d,]*\]\S* )?%([^,\s)]+)", each.text)[1]]
-            axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", each.text)[1]
+            left = shapes[match(r" dot\((?:\w+\[[\d,]*\]\S* )?%([^,\s)]+)", each.text)[1]]
+            axes = match(r"lhs_contracting_dims=\{([\d,]*)\}", each.text)[1]
             return 2.0 * math.prod(_sizes(each.text)) * math.prod(left[int(axis)] for axis in axes.split(",") if axis)
         if _is_kernel(each):
             kernel = read_kernel(each)
@@ -152,8 +169,8 @@ def _sizes(text: str) -> list[int]:
 
 
 def _convolution(text: str, shapes: dict[str, list[int]]) -> float:
-    names = re.search(r" convolution\((?:\w+\[[\d,]*\]\S* )?%([^,\s)]+), (?:\w+\[[\d,]*\]\S* )?%([^,\s)]+)\)", text)
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", text)
+    names = match(r" convolution\((?:\w+\[[\d,]*\]\S* )?%([^,\s)]+), (?:\w+\[[\d,]*\]\S* )?%([^,\s)]+)\)", text)
+    labels = match(r"dim_labels=(\w+)_(\w+)->(\w+)", text)
     left, right, out = (
         dict(zip(label, sizes, strict=True))
         for label, sizes in zip(labels.groups(), (shapes[names[1]], shapes[names[2]], _sizes(text)), strict=True)
@@ -181,7 +198,7 @@ def read_kernel(instruction: Instruction) -> Kernel:
     from jax._src.interpreters import mlir
     from jax._src.lib import tpu
 
-    body = base64.b64decode(re.search(r'"body":"([^"]*)"', instruction.text)[1])
+    body = base64.b64decode(match(r'"body":"([^"]*)"', instruction.text)[1])
     if not body.startswith(b"ML\xefR"):
         raise ValueError(f"the kernel {instruction.name} isn't kept as Mosaic bytecode: its cost can't be read.")
     context = mlir.make_ir_context()
@@ -191,14 +208,14 @@ def read_kernel(instruction: Instruction) -> Kernel:
     main = module.body.operations[0]
     attributes = {name: str(main.attributes[name]) for name in ("iteration_bounds", "window_params")}
     grid = [int(size) for size in re.findall(r"-?\d+", attributes["iteration_bounds"].split(":")[1])]
-    operands = re.search(r"operand_layout_constraints=\{(.*?\})\}", instruction.text)[1]
+    operands = match(r"operand_layout_constraints=\{(.*?\})\}", instruction.text)[1]
     lists = [int(size) for size in re.findall(r"s32\[(\d+)\]", operands)]
     return Kernel(
         instruction.name,
         _multiplied(main),
         math.prod(size for size in grid if size != _DYNAMIC),
         _DYNAMIC in grid,
-        int(re.search(r"window_bounds = array<i64: (\d+)", attributes["window_params"])[1]),
+        int(match(r"window_bounds = array<i64: (\d+)", attributes["window_params"])[1]),
         max(lists, default=1),
         str(module),
     )
@@ -231,8 +248,7 @@ def collective_bytes(hlo: str, branch: Branch = max) -> dict[str, float]:
     def cost(each: Instruction, kind: str) -> float:
         if each.operation not in (kind, f"{kind}-start"):
             return 0.0
-        arrays = re.findall(r"(\w+)\[([\d,]*)\]", each.text[: each.text.index(f" {each.operation}(")])
-        sizes = [_BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in arrays]
+        sizes = array_bytes(each.text[: each.text.index(f" {each.operation}(")])
         # What starts asynchronously returns its operands, too.
         if kind == "ragged-all-to-all" and each.operation.endswith("-start"):
             return min(sizes[:2])
@@ -240,6 +256,16 @@ def collective_bytes(hlo: str, branch: Branch = max) -> dict[str, float]:
 
     found = {kind: total(hlo, functools.partial(cost, kind=kind), branch=branch) for kind in COLLECTIVES}
     return {kind: size for kind, size in found.items() if size}
+
+
+def array_bytes(text: str, *, on_chip: bool = True) -> list[float]:
+    """Bytes of every array whose shape stands in the text; without `on_chip` only of those in memory (HBM)."""
+    arrays = re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", text)
+    return [
+        float(_BYTES.get(dtype, 4)) * math.prod(int(n) for n in dims.split(",") if n)
+        for dtype, dims, layout in arrays
+        if on_chip or not re.search(r"S\([1-9]\d*\)", layout)
+    ]
 
 
 def fusion_cycles(hlo: str, branch: Branch = max) -> float:

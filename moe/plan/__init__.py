@@ -1,0 +1,1 @@
+"""What a training step will cost on a slice of TPUs, from the program that the compiler makes for it."""

@@ -1,0 +1,126 @@
+"""plan.py as a user calls it: mistakes in one sentence, and small models' plans against counts by hand."""
+
+import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import plan
+from moe import cli
+from moe.config import Config
+from moe.data.text import TextConfig
+from moe.layers.moe import MoeConfig
+from moe.models import LmConfig
+from moe.parallel.mesh import MeshConfig
+from moe.plan.chips import GIB, parse_slice
+from moe.routers import Softmax
+
+D, F, E, K, V, LENGTH, BATCH, DEPTH = 256, 512, 8, 2, 512, 256, 16, 2
+CONFIG = Config(
+    seed=0,
+    steps=2000,
+    batch_size=BATCH,
+    model=LmConfig(
+        vocab_size=V, length=LENGTH, width=D, depth=DEPTH, heads=4, mlp_width=F, moe_every=1, dtype="bfloat16"
+    ),
+    moe=MoeConfig(num_experts=E, expert_width=F, group_size=1, dispatch="dropless"),
+    router=Softmax(k=K),
+    data=TextConfig(length=LENGTH),
+    mesh=MeshConfig(data=2, expert=2),
+)  # fmt: skip
+
+
+def told(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as caught:
+        cli.run(plan.main, argv)
+    return int(caught.value.code or 0), capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--topology=v9:2x2"], "topology 'v9:2x2' is of no kind of TPU known here: v4:2x2x1"),
+        (["--topology=v5e:2x2", "--config.mesh.expert=3"], "doesn't fill the 4 devices here"),
+        (["--topology=v5e:2x2", "--config=configs/no.py"], "there is no config file configs/no.py"),
+        (["--topology=v5e:2x2", "--config.model.widht=3"], "widht"),
+        ([], "--topology"),
+    ],
+)
+def test_a_mistake_is_one_sentence(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, error = told(argv, capsys)
+    assert code == cli.USAGE
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_without_libtpu_it_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    version = importlib.metadata.version
+
+    def missing(name: str) -> str:
+        if name == "libtpu":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    code, error = told(["--topology=v5e:2x2"], capsys)
+    assert code == cli.FAILURE
+    assert error.endswith("pip install 'moe-jax[tpu-aot]'.\n")
+
+
+# The real compiler ----------------------------------------------------------------------------------------------------
+
+
+def facts_of(topology: str = "v5e:2x2", **changes: Any) -> dict[str, Any]:
+    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install 'moe-jax[tpu-aot]'")
+    return plan.plan(dataclasses.replace(CONFIG, **changes), parse_slice(topology))
+
+
+@pytest.mark.tpu_aot
+def test_a_dense_model_is_planned_as_counted_by_hand() -> None:
+    dense = dataclasses.replace(CONFIG.model, moe_every=0)
+    facts = facts_of(model=dense, mesh=MeshConfig(data=4))
+    matrices = DEPTH * (4 * D * D + 3 * D * F) + D * V
+    parameters = matrices + V * D + (2 * DEPTH + 1) * D
+    assert facts["parameters/all"] == parameters
+    assert facts["hbm/parameters_bytes"] == 4 * parameters
+    assert facts["hbm/optimizer_bytes"] == pytest.approx(8 * parameters, abs=64)
+    # All scores are computed, those of later tokens too, which the model's own FLOPs leave out.
+    scores = DEPTH * 2 * 2 * D * LENGTH
+    tokens = BATCH * LENGTH
+    compiled = 3 * tokens * (2 * matrices + scores) / 4
+    assert facts["flops/compiled"] == pytest.approx(compiled, rel=0.02)
+    assert facts["flops/active"] == pytest.approx(compiled - 3 * tokens * scores * (1 - 1 / LENGTH) / 2 / 4, rel=1e-6)
+    # A ring sums up every gradient once: those of the blocks' matrices in bfloat16, of head and embedding in float32.
+    sums = sum(one["bytes"] for one in facts["collectives"] if one["kind"] in ("all-reduce", "reduce-scatter"))
+    gradients = 2 * (matrices - D * V) + 4 * 2 * D * V
+    assert sums == pytest.approx(2 * 3 / 4 * gradients, rel=0.02)
+    assert {tuple(one["axes"]) for one in facts["collectives"]} == {("data",)}
+    assert facts["fits"]
+    assert facts["faults"] == []
+
+
+@pytest.mark.tpu_aot
+def test_a_dense_fallback_is_named() -> None:
+    facts = facts_of(moe=dataclasses.replace(CONFIG.moe, num_experts=32, dispatch="einsum", capacity_factor=16.0))
+    assert facts["flops/ratio"] > 3
+    assert any("moe.dispatch = 'einsum'" in fault for fault in facts["faults"])
+
+
+@pytest.mark.tpu_aot
+def test_what_does_not_fit_is_named_with_the_excess(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install 'moe-jax[tpu-aot]'")
+    # Eight copies of the state of 2 B parameters.
+    large = ["--config.model.width=2048", "--config.moe.expert_width=8192", "--config.mesh.data=4", "--quick"]
+    argv = ["--config=configs/stdlib_lm.py", "--topology=v5e:2x2", f"--json={tmp_path / 'plan.json'}", *large]
+    code, error = told(argv, capsys)
+    assert (code, error) == (cli.FAILURE, "")
+    facts = json.loads((tmp_path / "plan.json").read_text())
+    assert not facts["fits"]
+    assert facts["hbm/peak_bytes"] > facts["hbm/limit_bytes"] == 15.75 * GIB
+    assert any("there are 4 copies of them" in fault for fault in facts["faults"])
