@@ -154,8 +154,8 @@ def faults(config: Config, facts: dict[str, Any]) -> Iterator[str]:
     rest = facts["hbm/peak_bytes"] - held
     if copies > 1 and held > half:
         yield (
-            f"parameters and moments take {held / GIB:.2f} GiB of each device, and there are {copies} copies of them: raise "
-            "mesh.expert or mesh.fsdp in place of mesh.data."
+            f"parameters and moments take {held / GIB:.2f} GiB of each device, and there are {copies} copies of them: "
+            "raise mesh.expert or mesh.fsdp in place of mesh.data."
         )
     if rest > half and model.remat != "full":
         yield (

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe.layers.attention import AttentionBias, AttentionConfig, Context, QkNorm
@@ -18,8 +18,8 @@ from moe.layers.param import matrix
 from moe.models.base import Batch, LossOutput, ModelConfig, ModelOutput, Objective
 from moe.ops.attention import Places
 from moe.ops.rope import RopeScaling, Unscaled, rotation
-from moe.ops.vocabulary import Scores, VocabularyLoss, vocabulary_logits, vocabulary_loss, vocabulary_scores
-from moe.parallel.mesh import constrain_batch
+from moe.ops.vocabulary import Scores, Sums, VocabularyLoss, vocabulary_logits, vocabulary_loss, vocabulary_scores
+from moe.parallel.mesh import BATCH_AXES, constrain_batch
 from moe.routers.base import Router
 
 
@@ -149,7 +149,7 @@ class LanguageModel(nnx.Module):
             raise ValueError(f"loss = '{objective.loss}' is for images with several labels: language needs 'softmax'.")
         x_BLD, routers, _ = self._hidden(batch["tokens"], batch["position"], batch["segment"], keys, mesh)
         settings = self._loss_settings(objective.label_smoothing)
-        sums = vocabulary_loss(x_BLD, self._head(), batch["targets"], batch["loss_mask"], settings)
+        sums = _summed_loss(x_BLD, self._head(), batch["targets"], batch["loss_mask"], settings, mesh)
         scalars = {"cross_entropy": sums.cross_entropy, "accuracy": sums.correct}
         return LossOutput(sums.loss, scalars | ({"z": sums.z} if self.config.z_weight else {}), routers)
 
@@ -218,3 +218,34 @@ class LanguageModel(nnx.Module):
     def _loss_settings(self, label_smoothing: float) -> VocabularyLoss:
         config = self.config
         return VocabularyLoss(config.loss_chunk, config.logit_cap, label_smoothing, config.z_weight)
+
+
+def _summed_loss(
+    x_BLD: Float[Array, "B L D"],
+    head_DV: Float[Array, "D V"],
+    target_BL: Int[Array, "B L"],
+    mask_BL: Bool[Array, "B L"],
+    settings: VocabularyLoss,
+    mesh: Mesh,
+) -> Sums:
+    """`vocabulary_loss` of all devices' rows.
+
+    Each device adds up its own rows' gradient of the head over all chunks before the devices' are summed; left to the
+    partitioner they would be for every chunk. The vocabulary may be cut along the tensor axis, which stays its own.
+    """
+    if mesh.size == 1:
+        return vocabulary_loss(x_BLD, head_DV, target_BL, mask_BL, settings)
+
+    def local(head: Array, x: Array, target: Array, mask: Array) -> Sums:
+        whole = jax.lax.all_gather(head, "fsdp", axis=0, tiled=True)
+        sums = vocabulary_loss(x, whole, target, mask, settings)
+        return jax.tree.map(lambda part: jax.lax.psum(part, BATCH_AXES), sums)
+
+    rows = PartitionSpec(BATCH_AXES)
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(PartitionSpec("fsdp"), rows, rows, rows),
+        out_specs=PartitionSpec(),
+        axis_names=set(BATCH_AXES),
+    )(head_DV, x_BLD, target_BL, mask_BL)

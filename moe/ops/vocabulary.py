@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moe.ops.blocks import vary_alike, zeros_like
 from moe.types import PyTree
 
 
@@ -63,8 +64,10 @@ def vocabulary_loss(
 ) -> Sums:
     """Sums of the loss over the tokens that the mask keeps; only `loss` has a gradient.
 
-    The gradient is computed along with the value, chunk by chunk, as the logits need not be computed again then.
+    The gradient is computed along with the value, chunk by chunk, as the logits need not be computed again then. In
+    shard_map the sums are those of a device's rows.
     """
+    x_BLD, head_DV, target_BL, mask_BL = vary_alike(x_BLD, head_DV, target_BL, mask_BL)
     loss, rest = _loss(x_BLD, head_DV, target_BL, mask_BL, settings)
     return Sums(loss, *jax.lax.stop_gradient(rest))
 
@@ -88,7 +91,7 @@ def _loss(x: Array, head: Array, target: Array, mask: Array, settings: Vocabular
     def step(sums: Sums, chunk: tuple[Array, ...]) -> tuple[Sums, None]:
         return jax.tree.map(jnp.add, sums, _chunk_sums(chunk, head, settings)[0]), None
 
-    zeros = Sums(*(jnp.zeros((), jnp.float32),) * 4)
+    zeros = Sums(*(zeros_like((), x, jnp.float32),) * 4)
     sums, _ = jax.lax.scan(step, zeros, _chunks((x, target, mask), settings.chunk))
     return sums.loss, sums[1:]
 
@@ -104,7 +107,7 @@ def _loss_forward(
         head_gradient += jnp.einsum("BLD,BLV->DV", chunk[0], slope, preferred_element_type=jnp.float32)
         return (jax.tree.map(jnp.add, sums, chunk_sums), head_gradient), x_gradient.astype(x.dtype)
 
-    zeros = Sums(*(jnp.zeros((), jnp.float32),) * 4), jnp.zeros(head.shape, jnp.float32)
+    zeros = Sums(*(zeros_like((), x, jnp.float32),) * 4), zeros_like(head.shape, x, jnp.float32)
     (sums, head_gradient), x_gradients = jax.lax.scan(step, zeros, _chunks((x, target, mask), settings.chunk))
     return (sums.loss, sums[1:]), (_whole(x_gradients, x.shape[1]), head_gradient.astype(head.dtype))
 
