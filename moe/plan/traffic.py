@@ -178,11 +178,17 @@ def moved_bytes(hlo: str, branch: Branch = max) -> float:
 def _fusion_bytes(
     part: list[Instruction], operands: Sequence[str], size: Callable[[str], float], result: float
 ) -> float:
-    """Of a fusion with these operands and bytes of its result."""
-    whole = dict.fromkeys((each.name for each in part if each.operation == "parameter"), False)
-    sliced = dict.fromkeys(whole, 0.0)
+    """Of a fusion with these operands and bytes of its result.
+
+    Arrays of a collective that overlaps with the fusion are handed through it, and are neither read nor written.
+    """
+    named = {each.name: each for each in part}
+    inputs = [each for each in part if each.operation == "parameter"]
+    whole, sliced = {each.name: False for each in inputs}, {each.name: 0.0 for each in inputs}
     moved = 0.0
     for each in part:
+        if each.operation in ("tuple", *_RECEIVED):
+            continue
         for index, name in enumerate(operand_names(each)):
             if name not in whole:
                 continue
@@ -190,16 +196,19 @@ def _fusion_bytes(
                 sliced[name] += sum(array_bytes(_result(each.text)))
             elif index == 0 and each.operation == "dynamic-update-slice":
                 # In place: what is replaced is written, and nothing else of the result.
-                update = sum(array_bytes(_result(_text(part, operand_names(each)[1]))))
-                moved += update
+                moved += sum(array_bytes(_result(named[operand_names(each)[1]].text)))
                 result -= min(result, sum(array_bytes(_result(each.text))))
             else:
                 whole[name] = True
-    numbers = {each.name: int(match(r"parameter\((\d+)\)", each.text)[1]) for each in part if each.name in whole}
-    for name, number in numbers.items():
-        full = size(operands[number])
-        moved += full if whole[name] else min(sliced[name], full)
-    return moved + result
+    for each in inputs:
+        full = size(operands[int(match(r"parameter\((\d+)\)", each.text)[1])])
+        moved += full if whole[each.name] else min(sliced[each.name], full)
+    root = part[-1]
+    if root.operation == "tuple":
+        handed = [named[name] for name in operand_names(root) if name in named]
+        handed = [each for each in handed if each.operation in ("parameter", *_RECEIVED)]
+        result -= sum(sum(array_bytes(_result(each.text), on_chip=False)) for each in handed)
+    return moved + max(result, 0.0)
 
 
 def operand_names(each: Instruction) -> list[str]:
@@ -215,7 +224,3 @@ def operand_names(each: Instruction) -> list[str]:
 def _result(text: str) -> str:
     """The part of an instruction's text that says its shape."""
     return re.split(r" [a-z][\w-]*\(", text, maxsplit=1)[0]
-
-
-def _text(part: list[Instruction], name: str) -> str:
-    return next(each.text for each in part if each.name == name)

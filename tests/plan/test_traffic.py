@@ -100,10 +100,23 @@ def test_bytes_are_those_of_the_parts_that_are_touched() -> None:
   %stacked = f32[100,4]{1,0} parameter(0)
   %i = s32[] parameter(1)
   %kept = f32[50,4]{1,0:T(8,128)S(1)} parameter(2)
+  %five = f32[5]{0} parameter(3)
   %one = f32[1,4]{1,0} fusion(%stacked, %i), kind=kLoop, calls=%part
   %two = f32[100,4]{1,0} fusion(%stacked, %one, %i), kind=kLoop, calls=%put
   %three = f32[100,4]{1,0} add(%stacked, %kept)
+  %nine = (f32[100,4]{1,0}, f32[6]{0}, f32[5]{0}) fusion(%stacked, %five), calls=%async_collective_fusion.3
 }
 """
-    # A row read and written, and an index; a row read and put in its place, and an index; two whole arrays.
-    assert traffic.moved_bytes(head + body) == (16 + 16) + 0 + (16 + 16) + 0 + 2 * 1600 + 2 * 4
+    through = """
+%async_collective_fusion.3 (p: f32[100,4], q: f32[5]) -> (f32[100,4], f32[6], f32[5]) {
+  %p = f32[100,4]{1,0} parameter(0)
+  %q = f32[5]{0} parameter(1)
+  %gather.9 = f32[6]{0} all-gather(%p), channel_id=9, replica_groups={}, dimensions={0}
+  %work = f32[5]{0} negate(%q)
+  ROOT %all = (f32[100,4]{1,0}, f32[6]{0}, f32[5]{0}) tuple(%p, %gather.9, %work)
+}
+
+"""
+    # A row read and written, and an index; a row read and put in its place, and an index; two whole arrays; of what
+    # overlaps with a collective its own part alone.
+    assert traffic.moved_bytes(head + through + body) == (16 + 16 + 4) + (16 + 16 + 4) + 2 * 1600 + 2 * 20
