@@ -1,18 +1,21 @@
 """Multi-head self-attention: of all tokens with each other, or of each with those before it."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from moe.layers.norm import RmsNorm
 from moe.layers.param import matrix
 from moe.ops.attention import Places, attention
 from moe.ops.rope import rotate
+from moe.ops.splash import fits_splash, splash_attention
+from moe.parallel.mesh import BATCH_AXES, batch_shards
 
 QkNorm = Literal["none", "head", "all"]
 AttentionBias = Literal["none", "qkv", "all"]
@@ -100,21 +103,37 @@ class Attention(nnx.Module):
                 key, value = cache
                 # An index is a position, so what lies there from other prompts or padding is masked as yet to come.
                 keys = Places(jnp.broadcast_to(jnp.arange(key.shape[1])[None], key.shape[:2]))
-            mixed = attention(
-                query,
-                key,
-                value,
-                context.places,
-                keys,
-                window=self.config.window,
-                cap=self.config.cap,
-                aligned=cache is None,
-                platform=mesh.devices.flat[0].platform,
-            )
+            mixed = self._attend(query, key, value, context.places, keys, mesh, aligned=cache is None)
         y = jnp.einsum("BLHd,HdD->BLD", mixed, self.w_out[...].astype(x.dtype))
         if self.config.bias == "all":
             y += self.bias_out[...].astype(x.dtype)[None, None]
         return y, cache
+
+    def _attend(
+        self,
+        query: Float[Array, "B L H d"],
+        key: Float[Array, "B S K d"],
+        value: Float[Array, "B S K d"],
+        queries: Places,
+        keys: Places,
+        mesh: Mesh,
+        *,
+        aligned: bool,
+    ) -> Float[Array, "B L H d"]:
+        """See `moe.ops.attention`; a kernel on TPU, where the tokens of every row are keys and queries alike."""
+        settings: dict[str, Any] = {"window": self.config.window, "cap": self.config.cap}
+        platform = mesh.devices.flat[0].platform
+        whole_rows = query.shape[0] % batch_shards(mesh) == 0 and fits_splash(query.shape[1])
+        if platform != "tpu" or not aligned or not whole_rows:
+            return attention(query, key, value, queries, keys, **settings, aligned=aligned, platform=platform)
+        run = partial(splash_attention, **settings)
+        if mesh.size == 1:
+            return run(query, key, value, queries.segment)
+        # The partitioner can't cut a kernel.
+        rows, heads = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, None, "tensor")
+        return jax.shard_map(run, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)(
+            query, key, value, queries.segment
+        )
 
     def _project(
         self, x: Float[Array, "B L D"]

@@ -37,7 +37,8 @@ def attention(
     Scores and softmax are float32; a token that sees nobody (padding) gets some finite mean.
 
     On CPU queries go in blocks, each against the keys that can count for it: with L = 256 and 64 channels forward and
-    backward take .8 of the time of `jax.nn.dot_product_attention`, which runs elsewhere.
+    backward take .8 of the time of `jax.nn.dot_product_attention`, which runs elsewhere. For training on TPU there is
+    `moe.ops.splash`.
     """
     if platform != "cpu" and not cap:
         mask_BLS = _visible(queries, keys, window)

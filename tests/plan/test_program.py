@@ -60,6 +60,14 @@ def test_flops_are_counted_by_hand() -> None:
     assert program.flops(HLO, branch=min) == 7 * batch + dot
 
 
+def test_attributes_may_go_over_lines() -> None:
+    told = HLO.replace(
+        "lhs_contracting_dims={1}", 'frontend_attributes={kernel_metadata={\n"a":"1"\n}}, lhs_contracting_dims={1}'
+    )
+    assert told.count("\n") == HLO.count("\n") + 2
+    assert program.flops(told) == program.flops(HLO)
+
+
 def test_bytes_and_cycles_are_counted_by_hand() -> None:
     assert program.collective_bytes(HLO) == {"all-gather": 32, "all-to-all": 7 * 64, "ragged-all-to-all": 24}
     assert program.fusion_cycles(HLO) == 30
