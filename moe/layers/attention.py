@@ -1,8 +1,7 @@
 """Multi-head self-attention: of all tokens with each other, or of each with those before it."""
 
 import dataclasses
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -121,12 +120,17 @@ class Attention(nnx.Module):
         aligned: bool,
     ) -> Float[Array, "B L H d"]:
         """See `moe.ops.attention`; a kernel on TPU, where the tokens of every row are keys and queries alike."""
-        settings: dict[str, Any] = {"window": self.config.window, "cap": self.config.cap}
+        window, cap = self.config.window, self.config.cap
         platform = mesh.devices.flat[0].platform
         whole_rows = query.shape[0] % batch_shards(mesh) == 0 and fits_splash(query.shape[1])
         if platform != "tpu" or not aligned or not whole_rows:
-            return attention(query, key, value, queries, keys, **settings, aligned=aligned, platform=platform)
-        run = partial(splash_attention, **settings)
+            return attention(
+                query, key, value, queries, keys, window=window, cap=cap, aligned=aligned, platform=platform
+            )
+
+        def run(query: Array, key: Array, value: Array, segment: Array | None) -> Array:
+            return splash_attention(query, key, value, segment, window=window, cap=cap)
+
         if mesh.size == 1:
             return run(query, key, value, queries.segment)
         # The partitioner can't cut a kernel.

@@ -58,6 +58,6 @@ def splash_attention(
         return kernel(query_HLd, key_KLd, value_KLd, segments)
 
     scaled = (query_BLHd.astype(jnp.float32) * width**-0.5).astype(query_BLHd.dtype)
-    rows = [jnp.swapaxes(one, 1, 2) for one in (scaled, key_BLKd, value_BLKd)]
-    mixed_BHLd = jax.vmap(row)(*rows, segment_BL)
+    query_BHLd, key_BKLd, value_BKLd = (jnp.swapaxes(one, 1, 2) for one in (scaled, key_BLKd, value_BLKd))
+    mixed_BHLd = jax.vmap(row)(query_BHLd, key_BKLd, value_BKLd, segment_BL)
     return jnp.swapaxes(mixed_BHLd, 1, 2).astype(query_BLHd.dtype)
