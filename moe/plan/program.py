@@ -231,10 +231,10 @@ def _multiplied(operation: Any) -> float:
         return 2.0 * math.isqrt(math.prod(sizes))
     regions = [sum(_multiplied(each.operation) for block in region for each in block) for region in operation.regions]
     if operation.name.endswith("scf.if"):
-        return max(regions, default=0.0)
+        return float(max(regions, default=0))
     if sum(regions) and operation.name.endswith(("scf.for", "scf.while")):
         raise ValueError(f"a kernel multiplies inside {operation.name}, whose trips aren't counted.")
-    return sum(regions)
+    return float(sum(regions))
 
 
 # Bytes and cycles -----------------------------------------------------------------------------------------------------

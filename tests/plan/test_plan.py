@@ -90,12 +90,13 @@ def test_a_dense_model_is_planned_as_counted_by_hand() -> None:
     assert facts["parameters/all"] == parameters
     assert facts["hbm/parameters_bytes"] == 4 * parameters
     assert facts["hbm/optimizer_bytes"] == pytest.approx(8 * parameters, abs=64)
-    # All scores are computed, those of later tokens too, which the model's own FLOPs leave out.
-    scores = DEPTH * 2 * 2 * D * LENGTH
-    tokens = BATCH * LENGTH
-    compiled = 3 * tokens * (2 * matrices + scores) / 4
-    assert facts["flops/compiled"] == pytest.approx(compiled, rel=0.02)
-    assert facts["flops/active"] == pytest.approx(compiled - 3 * tokens * scores * (1 - 1 / LENGTH) / 2 / 4, rel=1e-6)
+    # The kernel for attention multiplies twice forward, and three and four times in its two passes backward, with all
+    # of a tile's keys; the model's own FLOPs are of six products with the keys that a token sees.
+    product = DEPTH * 2 * D * LENGTH
+    tokens = BATCH * LENGTH / 4
+    assert facts["flops/compiled"] == pytest.approx(tokens * (3 * 2 * matrices + 9 * product), rel=0.02)
+    needed = 6 * product * (LENGTH + 1) / 2 / LENGTH
+    assert facts["flops/active"] == pytest.approx(tokens * (3 * 2 * matrices + needed), rel=1e-6)
     # A ring sums up every gradient once: those of the blocks' matrices in bfloat16, of head and embedding in float32.
     sums = sum(one["bytes"] for one in facts["collectives"] if one["kind"] in ("all-reduce", "reduce-scatter"))
     gradients = 2 * (matrices - D * V) + 4 * 2 * D * V
