@@ -10,7 +10,7 @@ K = 2, SwiGLU, activations in bfloat16, matrices in float32; a mesh of data x ex
 FLOPs: over those of 3 products of every choice with each matrix; kernels as `program.flops` counts them, for
 choices drawn uniformly, which need no further round of exchange; and at most: all rounds that are compiled, each with
 as many rows as a device has, however they fall to its experts. Memory is per device, and has room for all rounds.
-Bytes are those of the collectives' results on one device; cycles what the compiler estimates for fusions, and the
+Bytes are those that a device receives, see `traffic.transfers`; cycles what the compiler estimates for fusions, and the
 kernels' bundles times their grids, halved where two cores share a chip; both of the first round alone. No cycles are
 known of sorts, of collectives, and of kernels that wait for memory.
 """
@@ -39,7 +39,7 @@ from moe.layers.mlp import WEIGHT_AXES, mlp
 from moe.ops.permute import capacity
 from moe.parallel.dispatch import dispatch
 from moe.parallel.mesh import BATCH_AXES, MESH_AXES, partition_spec
-from moe.plan import program
+from moe.plan import program, traffic
 from moe.types import Assignments
 
 # A slice of 16 chips, and the cores that share a kernel's grid.
@@ -125,9 +125,9 @@ def uniform_visits(shape: Shape, groups: int) -> program.Visits:
     return lambda kernel: float(np.mean([program.visited(one.tolist(), kernel.rows) for one in sizes]))
 
 
-def measure(shape: Shape, compiled: jax.stages.Compiled, groups: int, dump: Path, cores: int) -> dict[str, float]:
+def measure(shape: Shape, compiled: jax.stages.Compiled, mesh: Mesh, dump: Path, cores: int) -> dict[str, float]:
     """The figures of one program; `dump` holds its schedules."""
-    hlo, memory = compiled.as_text(), compiled.memory_analysis()
+    hlo, memory, groups = compiled.as_text(), compiled.memory_analysis(), shape.experts // mesh.shape["expert"]
     drawn = uniform_visits(shape, groups)
     most = program.most_visits(shape.tokens * shape.k // 16, groups, BLOCK)
     files = {file.name.split("-")[1]: file for file in dump.glob("*-*-final_bundles.txt")}
@@ -146,7 +146,9 @@ def measure(shape: Shape, compiled: jax.stages.Compiled, groups: int, dump: Path
         "fusions, Mcycles": program.fusion_cycles(hlo, min) / 1e6,
         "kernels, Mcycles": program.kernel_total(hlo, kernel_cycles, min) / cores / 1e6,
     }
-    return figures | {f"{kind} MB": size / 1e6 for kind, size in program.collective_bytes(hlo, min).items()}
+    for one in sorted(traffic.transfers(hlo, mesh.shape, min)):
+        figures[f"{one.kind} MB"] = figures.get(f"{one.kind} MB", 0.0) + one.bytes / 1e6
+    return figures
 
 
 def worker(chip: str, only: list[str], expert: list[int], dump: Path) -> Iterator[dict[str, Any]]:
@@ -162,7 +164,7 @@ def worker(chip: str, only: list[str], expert: list[int], dump: Path) -> Iterato
         for name, implementation in IMPLEMENTATIONS.items():
             if any(part in name for part in only):
                 compiled = compile_layer(Shape(), implementation, mesh)
-                figures = measure(Shape(), compiled, Shape().experts // along, dump, cores)
+                figures = measure(Shape(), compiled, mesh, dump, cores)
                 for file in dump.iterdir():
                     file.unlink()
                 print(chip, along, name, figures, file=sys.stderr, flush=True)

@@ -3,25 +3,19 @@
     python train.py --config=configs/digits.py --workdir=runs/digits
 
 1 437 scans of 8×8 pixels to train on, 360 by other writers to test on. On two cores, in about a minute: test accuracy
-.958 ± .007 with `softmax`, .961 ± .006 with `sparse_topk`, .968 ± .002 with `successive_halving`, 3 seeds each.
+.969 ± .002 with `softmax`, .961 ± .004 with `sparse_topk`, .972 ± .004 with `successive_halving`, 3 seeds each.
 """
 
+from typing import Any
+
 import ml_collections
+
+from configs.base import parts
 
 
 def get_config() -> ml_collections.ConfigDict:
     """The config; every field can be set on the command line as --config.FIELD=VALUE."""
-    config = ml_collections.ConfigDict()
-    config.seed = 0
-    config.steps = 3000
-    config.batch_size = 64
-    config.accumulation_steps = 1
-    config.label_smoothing = 0.1
-    config.loss = "softmax"
-    config.init_from = ""
-    config.upcycle = {"method": "copy", "noise": 0.0, "drop": 0.0, "output_scale": 1.0}
-    config.log_every = 100
-    config.evaluate_every = 500
+    config = parts.new_config(steps=3000, batch_size=64, label_smoothing=0.1, log_every=100, evaluate_every=500)
     config.data = {
         "name": "digits",
         "data_dir": "",
@@ -63,34 +57,32 @@ def get_config() -> ml_collections.ConfigDict:
         "remat": "none",
         "dtype": "float32",
     }
-    config.moe = {
-        "num_experts": 8,
-        "expert_width": 64,
-        "group_size": 8,
-        "dispatch": "capacity",
-        "capacity_factor": 1.05,
-        "evaluation_capacity_factor": 0.0,
-        "receive_factor": 4.0,
-        "balance_scope": "group",
-        "shared_experts": 0,
-        "shared_gate": False,
+    config.moe = parts.experts(
+        num_experts=8,
+        expert_width=64,
+        group_size=8,
+        dispatch="capacity",
+        capacity_factor=1.05,
+    )
+    config.router = {"name": "softmax", "k": 2, **_routers()}
+    config.optimizer = {
+        "learning_rate": 2e-3,
+        "warmup_steps": 200,
+        "final_fraction": 0.0,
+        "weight_decay": 0.05,
+        "b1": 0.9,
+        "b2": 0.99,
+        "clip_norm": 1.0,
     }
-    config.router = {
-        "name": "softmax",
-        "k": 2,
-        "softmax": {
-            "noise": 1.0,
-            "jitter": 0.0,
-            "renormalize": False,
-            "batch_priority": False,
-            "expert_groups": 1,
-            "groups_per_token": 1,
-            "importance_weight": 0.005,
-            "load_weight": 0.005,
-            "balance_weight": 0.0,
-            "z_weight": 0.0,
-            "entropy_weight": 0.0,
-        },
+    config.mesh = {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1}
+    config.checkpoint = {"every": 500, "keep": 3}
+    return config
+
+
+def _routers() -> dict[str, Any]:
+    """The settings of every router, one of which the config names."""
+    return {
+        "softmax": parts.softmax(noise=1.0, renormalize=False, importance_weight=0.005, load_weight=0.005),
         "sparse_topk": {
             "composition": "mask_softmax",
             "gate": "softmax",
@@ -144,15 +136,3 @@ def get_config() -> ml_collections.ConfigDict:
         "random": {"seed": 0},
         "dense": {"z_weight": 0.0},
     }
-    config.optimizer = {
-        "learning_rate": 2e-3,
-        "warmup_steps": 200,
-        "final_fraction": 0.0,
-        "weight_decay": 0.05,
-        "b1": 0.9,
-        "b2": 0.99,
-        "clip_norm": 1.0,
-    }
-    config.mesh = {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1}
-    config.checkpoint = {"every": 500, "keep": 3}
-    return config

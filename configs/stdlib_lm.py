@@ -11,20 +11,12 @@ of the same active FLOPs: --config.model.moe_every=0 --config.model.mlp_width=10
 
 import ml_collections
 
+from configs.base import parts
+
 
 def get_config() -> ml_collections.ConfigDict:
     """The config; every field can be set on the command line as --config.FIELD=VALUE."""
-    config = ml_collections.ConfigDict()
-    config.seed = 0
-    config.steps = 900
-    config.batch_size = 16
-    config.accumulation_steps = 1
-    config.label_smoothing = 0.0
-    config.loss = "softmax"
-    config.init_from = ""
-    config.upcycle = {"method": "copy", "noise": 0.0, "drop": 0.0, "output_scale": 1.0}
-    config.log_every = 20
-    config.evaluate_every = 0
+    config = parts.new_config(steps=900, batch_size=16, log_every=20, evaluate_every=0)
     config.data = {
         "name": "stdlib",
         "mixture": (),
@@ -59,19 +51,7 @@ def get_config() -> ml_collections.ConfigDict:
         "window": 0,
         "attention_cap": 0.0,
         "rope_theta": 10000.0,
-        "rope_scaling": {
-            "name": "none",
-            "linear": {"factor": 1.0},
-            "llama3": {"factor": 8.0, "low_turns": 1.0, "high_turns": 4.0, "original_length": 8192},
-            "yarn": {
-                "factor": 4.0,
-                "fast_turns": 32.0,
-                "slow_turns": 1.0,
-                "original_length": 4096,
-                "truncate": True,
-                "attention": 0.0,
-            },
-        },
+        "rope_scaling": parts.rope_scaling(),
         "qk_norm": "head",
         "attention_bias": "none",
         "norm_eps": 1e-6,
@@ -83,34 +63,16 @@ def get_config() -> ml_collections.ConfigDict:
         "remat": "none",
         "dtype": "float32",
     }
-    config.moe = {
-        "num_experts": 8,
-        "expert_width": 512,
-        "group_size": 16,
-        "dispatch": "auto",
-        "capacity_factor": 1.25,
-        "evaluation_capacity_factor": 0.0,
-        "receive_factor": 4.0,
-        "balance_scope": "group",
-        "shared_experts": 0,
-        "shared_gate": False,
-    }
+    config.moe = parts.experts(
+        num_experts=8,
+        expert_width=512,
+        group_size=16,
+        capacity_factor=1.25,
+    )
     config.router = {
         "name": "softmax",
         "k": 2,
-        "softmax": {
-            "noise": 0.0,
-            "jitter": 0.0,
-            "renormalize": True,
-            "batch_priority": False,
-            "expert_groups": 1,
-            "groups_per_token": 1,
-            "importance_weight": 0.0,
-            "load_weight": 0.0,
-            "balance_weight": 0.01,
-            "z_weight": 0.001,
-            "entropy_weight": 0.0,
-        },
+        "softmax": parts.softmax(balance_weight=0.01, z_weight=0.001),
         "sparse_topk": {"strength": 1.0, "p": 4 / 3, "max_experts": 4, "balance_weight": 0.01},
         "successive_halving": {"balance_weight": 0.01},
     }

@@ -4,23 +4,15 @@ import math
 
 import ml_collections
 
+from configs.base import parts
+
 
 def get_imagenet() -> ml_collections.ConfigDict:
     """A vision transformer of bfloat16 activations on ImageNet-2012, without a size or a mesh.
 
     300 epochs of 4 096 images; loss, crops, RandAugment and router are V-MoE's (2106.05974).
     """
-    config = ml_collections.ConfigDict()
-    config.seed = 0
-    config.steps = 92_899
-    config.batch_size = 4096
-    config.accumulation_steps = 1
-    config.label_smoothing = 0.0
-    config.loss = "sigmoid"
-    config.init_from = ""
-    config.upcycle = {"method": "copy", "noise": 0.0, "drop": 0.0, "output_scale": 1.0}
-    config.log_every = 100
-    config.evaluate_every = 1000
+    config = parts.new_config(steps=92_899, batch_size=4096, loss="sigmoid", log_every=100, evaluate_every=1000)
     config.data = {
         "name": "imagenet2012",
         "data_dir": "",
@@ -55,33 +47,15 @@ def get_imagenet() -> ml_collections.ConfigDict:
         "remat": "none",
         "dtype": "bfloat16",
     }
-    config.moe = {
-        "num_experts": 8,
-        "group_size": 8,
-        "dispatch": "auto",
-        "capacity_factor": 1.05,
-        "evaluation_capacity_factor": 0.0,
-        "receive_factor": 4.0,
-        "balance_scope": "group",
-        "shared_experts": 0,
-        "shared_gate": False,
-    }
+    config.moe = parts.experts(
+        num_experts=8,
+        group_size=8,
+        capacity_factor=1.05,
+    )
     config.router = {
         "name": "softmax",
         "k": 2,
-        "softmax": {
-            "noise": 1.0,
-            "jitter": 0.0,
-            "renormalize": False,
-            "batch_priority": False,
-            "expert_groups": 1,
-            "groups_per_token": 1,
-            "importance_weight": 0.005,
-            "load_weight": 0.005,
-            "balance_weight": 0.0,
-            "z_weight": 0.0,
-            "entropy_weight": 0.0,
-        },
+        "softmax": parts.softmax(noise=1.0, renormalize=False, importance_weight=0.005, load_weight=0.005),
     }
     config.optimizer = {
         "warmup_steps": 10_000,

@@ -19,7 +19,7 @@ from moe.models.base import Batch, LossOutput, ModelConfig, ModelOutput, Objecti
 from moe.ops.attention import Places
 from moe.ops.rope import RopeScaling, Unscaled, rotation
 from moe.ops.vocabulary import Scores, Sums, VocabularyLoss, vocabulary_logits, vocabulary_loss, vocabulary_scores
-from moe.parallel.mesh import BATCH_AXES, constrain_batch
+from moe.parallel.mesh import BATCH_AXES, batch_shards, constrain_batch
 from moe.routers.base import Router
 
 
@@ -231,9 +231,10 @@ def _summed_loss(
     """`vocabulary_loss` of all devices' rows.
 
     Each device adds up its own rows' gradient of the head over all chunks before the devices' are summed; left to the
-    partitioner they would be for every chunk. The vocabulary may be cut along the tensor axis, which stays its own.
+    partitioner, as are rows that don't deal out evenly, they would be for every chunk. The vocabulary may be cut along
+    the tensor axis, which stays the partitioner's.
     """
-    if mesh.size == 1:
+    if mesh.size == 1 or x_BLD.shape[0] % batch_shards(mesh):
         return vocabulary_loss(x_BLD, head_DV, target_BL, mask_BL, settings)
 
     def local(head: Array, x: Array, target: Array, mask: Array) -> Sums:

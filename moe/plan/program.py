@@ -1,4 +1,4 @@
-"""What a program compiled for TPUs costs, read from its optimised text: FLOPs, bytes between devices, cycles."""
+"""What a program compiled for TPUs costs, read from its optimised text: FLOPs, and the compiler's own cycles."""
 
 import base64
 import functools
@@ -16,7 +16,6 @@ ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-COLLECTIVES = ["all-gather", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all", "reduce-scatter"]
 # How Mosaic writes a grid dimension that is known only when the program runs.
 _DYNAMIC = -(2**63)
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
@@ -237,27 +236,7 @@ def _multiplied(operation: Any) -> float:
     return float(sum(regions))
 
 
-# Bytes and cycles -----------------------------------------------------------------------------------------------------
-
-
-def collective_bytes(hlo: str, branch: Branch = max) -> dict[str, float]:
-    """Bytes of the results of each kind of collective, per device.
-
-    Of an all-to-all over n devices the share (n - 1) / n comes from others; a ring all-reduce moves 2 (n - 1) / n times
-    its result. Of a ragged all-to-all the lesser of what is sent from and what it comes to: no more rows can travel.
-    """
-
-    def cost(each: Instruction, kind: str) -> float:
-        if each.operation not in (kind, f"{kind}-start"):
-            return 0.0
-        sizes = array_bytes(each.text[: each.text.index(f" {each.operation}(")])
-        # What starts asynchronously returns its operands, too.
-        if kind == "ragged-all-to-all" and each.operation.endswith("-start"):
-            return min(sizes[:2])
-        return max(sizes) if each.operation.endswith("-start") else sum(sizes)
-
-    found = {kind: total(hlo, functools.partial(cost, kind=kind), branch=branch) for kind in COLLECTIVES}
-    return {kind: size for kind, size in found.items() if size}
+# Arrays and cycles ----------------------------------------------------------------------------------------------------
 
 
 def array_bytes(text: str, *, on_chip: bool = True) -> list[float]:

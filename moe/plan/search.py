@@ -41,31 +41,30 @@ def meshes(config: Config, slice_: Slice) -> Iterator[MeshConfig]:
 def rough_seconds(config: Config, mesh: MeshConfig, slice_: Slice, variables: Variables) -> float:
     """A step's time by arithmetic, for the order of meshes alone: compute, or what is sent over all links of a chip.
 
-    Infinite where parameters, moments and a gradient don't fit.
-
-    Sent: by `data` the gradients once; by `fsdp` a period's parameters for each micro-batch, forward and backward, and
-    their gradients; by `expert` every choice, there and back, forward and backward; by `tensor` the sums of two
-    products for each block, forward and backward.
+    Infinite where parameters, moments and a gradient don't fit. Sent: gradients once among those that have the same
+    piece of a parameter; by `fsdp` the parameters for each micro-batch, forward and backward, and their gradients; by
+    `expert` every choice, there and back, forward and backward; by `tensor` the sums of two products of each block.
     """
     chip, model = slice_.chip, config.model
     counts = analytic.parameter_counts(config, variables)
+    # Of a device, but for fsdp: experts are also cut by their axis, everything else is copied along it.
+    experts = counts["experts"] / mesh.tensor / mesh.expert
     others = (counts["all"] - counts["experts"]) / mesh.tensor
-    held = (counts["experts"] / mesh.tensor / mesh.expert + others) / mesh.fsdp
-    if held * _STATE_BYTES > chip.usable_bytes:
+    if (experts + others) / mesh.fsdp * _STATE_BYTES > chip.usable_bytes:
         return math.inf
-    micros, width = config.accumulation_steps, 2 if model.dtype == "bfloat16" else 4
-    tokens = analytic.tokens_per_step(config) / (mesh.data * mesh.fsdp * mesh.expert)
-    row = tokens * model.width * width
+    again, width = int(model.remat != "none"), 2 if model.dtype == "bfloat16" else 4
+    row = analytic.tokens_per_step(config) / (mesh.data * mesh.fsdp * mesh.expert) * model.width * width
     layers = (model.depth - model.dense_layers) // (model.moe_every or 1)
-    again = 0 if model.remat == "none" else 1
-    sent = {
-        "data": 2 * held * 4 * _others(mesh.data * (1 if mesh.expert == 1 else mesh.expert)),
-        "fsdp": micros * (3 + again) * held * mesh.fsdp * 4 * _others(mesh.fsdp),
-        "expert": (4 + 2 * again) * layers * row * analytic.experts_per_token(config) * _others(mesh.expert),
-        "tensor": 2 * (4 + 2 * again) * model.depth * row * _others(mesh.tensor),
-    }
+    gathered = config.accumulation_steps * (3 + again) * 4
+    copies = experts * _others(mesh.data) + others * _others(mesh.data * mesh.expert)
+    sent = [
+        2 * 4 * copies / mesh.fsdp,
+        gathered * (experts + others) * _others(mesh.fsdp),
+        (4 + 2 * again) * layers * row * analytic.experts_per_token(config) * _others(mesh.expert),
+        2 * (4 + 2 * again) * model.depth * row * _others(mesh.tensor),
+    ]
     compute = analytic.active_flops(config, variables) / slice_.devices * (1 + again / 3) * chip.cores / chip.flops
-    return max(compute, sum(sent.values()) * chip.cores / chip.links / chip.link_bandwidth)
+    return max(compute, sum(sent) * chip.cores / chip.links / chip.link_bandwidth)
 
 
 def _others(n: int) -> float:

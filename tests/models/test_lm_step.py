@@ -16,6 +16,7 @@ from moe.evaluation.language import evaluate
 from moe.models import Objective, make_model
 from moe.optim import OptimizerConfig
 from moe.parallel.mesh import MeshConfig, make_mesh
+from moe.plan.program import Instruction, array_bytes, computations
 from moe.routers import Softmax
 from tests.models.helpers import BATCH, LENGTH, MOE, ODD, ONE_DEVICE, PLAIN, make_batch
 from tests.routers.helpers import COMPILER_OPTIONS
@@ -72,6 +73,24 @@ def test_the_mesh_changes_nothing(mesh: MeshConfig) -> None:
     """With two key-value heads, each with its queries, cut along the tensor axis, and the vocabulary as well."""
     actual = run(dataclasses.replace(CONFIG, mesh=mesh))
     assert_same(actual, reference(), tolerance=2e-5)
+
+
+def test_the_heads_gradient_is_summed_over_devices_once() -> None:
+    """And not for every chunk of positions: no collective of its size stands in a loop."""
+    model = dataclasses.replace(CONFIG.model, vocab_size=1024, loss_chunk=2, depth=2, moe_every=0)
+    config = dataclasses.replace(CONFIG, model=model, mesh=MeshConfig(data=4, fsdp=2))
+    step = train.make_step(config, make_mesh(config.mesh))
+    hlo = step.train.lower(step.abstract_state, step.abstract_batch).compile().as_text()
+    parts = {name: transfers_of(part) for name, part in computations(hlo).items()}
+    head = 4 * model.width * model.vocab_size
+    assert max(parts["ENTRY"]) >= head / 2
+    assert max((size for name, part in parts.items() if name != "ENTRY" for size in part), default=0) < head / 4
+
+
+def transfers_of(part: list[Instruction]) -> list[float]:
+    """Bytes that the collectives among some instructions return."""
+    kinds = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all")
+    return [sum(array_bytes(each.text.split(f" {each.operation}(")[0])) for each in part if each.operation in kinds]
 
 
 def test_accumulation_weights_micro_batches_by_their_targets() -> None:

@@ -68,8 +68,7 @@ def test_attributes_may_go_over_lines() -> None:
     assert program.flops(told) == program.flops(HLO)
 
 
-def test_bytes_and_cycles_are_counted_by_hand() -> None:
-    assert program.collective_bytes(HLO) == {"all-gather": 32, "all-to-all": 7 * 64, "ragged-all-to-all": 24}
+def test_cycles_are_counted_by_hand() -> None:
     assert program.fusion_cycles(HLO) == 30
 
 

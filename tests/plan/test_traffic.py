@@ -94,6 +94,33 @@ def test_groups_written_in_another_way_are_an_error() -> None:
         traffic.first_group("f32[2] all-reduce(%x), replica_groups=new")
 
 
+def test_loops_count_and_what_starts_returns_its_operands() -> None:
+    hlo = """HloModule m
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %a2a = (bf16[4,8]{1,0}, bf16[4,8]{1,0}) all-to-all(%x, %y), channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}
+}
+
+%cond (q: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(7)
+  ROOT %lt = pred[] compare(%limit, %limit), direction=LT
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %ragged = ((f32[6]{0}, f32[9]{0}), f32[9]{0}) ragged-all-to-all-start(%x, %x, %x), replica_groups={{0,2},{1,3}}
+  %gather = (f32[4]{0}, f32[8]{0}) all-gather-start(%x), replica_groups={{0,4},{1,5}}
+  %alone = f32[8]{0} all-reduce(%x), replica_groups={{0},{1}}
+  ROOT %while = (s32[], f32[8]{0}) while(%t), condition=%cond, body=%body
+}
+"""
+    found = [(one.kind, one.axes, one.bytes, one.times) for one in traffic.transfers(hlo, MESH)]
+    assert found == [
+        ("all-to-all", ("tensor",), 7 * 128 / 2, 7),
+        ("all-gather", ("data",), 32 / 2, 1),
+        ("ragged-all-to-all", ("expert",), 24 / 2, 1),
+    ]
+
+
 def test_bytes_are_those_of_the_parts_that_are_touched() -> None:
     head = HLO.partition("ENTRY")[0]
     body = """ENTRY %main (x: f32[3]) -> f32[3] {
