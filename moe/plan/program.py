@@ -85,7 +85,7 @@ def visited(sizes: Sequence[int], tile: int) -> int:
 def computations(hlo: str) -> dict[str, list[Instruction]]:
     """Instructions of each computation, the entry's under "ENTRY"."""
     # What a kernel says of itself may go over several lines.
-    hlo = re.sub(r'\n(?="|\}[^\n])', " ", hlo)
+    hlo = re.sub(r'\n(?="|\}\})', " ", hlo)
     found = {}
     for entry, name, body in re.findall(r"^(ENTRY )?%(\S+) \(.*?\{\n(.*?)^\}", hlo, flags=re.MULTILINE | re.DOTALL):
         lines = re.findall(r"^\s+(?:ROOT )?%(\S+) = (.*)$", body, flags=re.MULTILINE)

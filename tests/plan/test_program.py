@@ -66,6 +66,8 @@ def test_attributes_may_go_over_lines() -> None:
     )
     assert told.count("\n") == HLO.count("\n") + 2
     assert program.flops(told) == program.flops(HLO)
+    # And a computation may be another core's.
+    assert program.flops(HLO.replace("}\n\n%small", '}, execution_thread="sparsecore"\n\n%small')) == program.flops(HLO)
 
 
 def test_cycles_are_counted_by_hand() -> None:
