@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import mesh_utils, topologies
-from jax.sharding import AxisType, Mesh
+from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from moe import cli
 from moe import config as config_lib
 from moe.config import Config
 from moe.models import make_model
-from moe.parallel.mesh import MESH_AXES, mesh_shape
+from moe.parallel.mesh import make_mesh, mesh_shape
 from moe.plan import analytic, estimate, program, search, traffic
 from moe.plan.chips import GIB, Slice, parse_slice
 from moe.plan.page import page, ranking
@@ -78,7 +78,7 @@ def slice_mesh(config: Config, slice_: Slice) -> Mesh:
         os.environ.setdefault(name, value)
     # Or JAX looks for a TPU here.
     jax.config.update("jax_platforms", "cpu")
-    shape = mesh_shape(config.mesh, slice_.devices)
+    mesh_shape(config.mesh, slice_.devices)
     options: dict[str, Any] = dict(slice_.chip.options)
     if slice_.count > 1:
         options["num_slices"] = slice_.count
@@ -87,8 +87,7 @@ def slice_mesh(config: Config, slice_: Slice) -> Mesh:
     except Exception as error:  # Of many kinds, by what libtpu finds wrong.
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"libtpu can't compile for {slice_.topology}: {reason}.") from error
-    devices = mesh_utils.create_device_mesh(shape, devices=found.devices, allow_split_physical_axes=True)
-    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return make_mesh(config.mesh, found.devices)
 
 
 def compile_step(step: Step) -> dict[str, Any]:

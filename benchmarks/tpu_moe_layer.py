@@ -31,14 +31,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import common
 from benchmarks.tpu_kernels import ROOT, schedule_cycles
 from moe.layers.mlp import WEIGHT_AXES, mlp
 from moe.ops.permute import capacity
 from moe.parallel.dispatch import dispatch
-from moe.parallel.mesh import BATCH_AXES, MESH_AXES, partition_spec
+from moe.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh, partition_spec
 from moe.plan import program, traffic
 from moe.types import Assignments
 
@@ -153,14 +153,12 @@ def measure(shape: Shape, compiled: jax.stages.Compiled, mesh: Mesh, dump: Path,
 
 def worker(chip: str, only: list[str], expert: list[int], dump: Path) -> Iterator[dict[str, Any]]:
     """Compiles everything for one chip, and deletes each program's schedules: they are gigabytes."""
-    from jax.experimental import mesh_utils, topologies
+    from jax.experimental import topologies
 
     topology, cores = CHIPS[chip]
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     for along in expert:
-        sizes = (len(devices) // along, 1, along, 1)
-        grid = mesh_utils.create_device_mesh(sizes, devices=devices, allow_split_physical_axes=True)
-        mesh = Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+        mesh = make_mesh(MeshConfig(data=-1, expert=along), devices)
         for name, implementation in IMPLEMENTATIONS.items():
             if any(part in name for part in only):
                 compiled = compile_layer(Shape(), implementation, mesh)

@@ -85,6 +85,6 @@ def get_config() -> ml_collections.ConfigDict:
         "b2": 0.95,
         "clip_norm": 1.0,
     }
-    config.mesh = {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1}
+    config.mesh = {"dcn": 1, "data": -1, "fsdp": 1, "expert": 1, "tensor": 1}
     config.checkpoint = {"every": 300, "keep": 3}
     return config

@@ -15,7 +15,7 @@ from moe import config as config_lib
 from moe.checkpoint import CheckpointError, Checkpoints
 from moe.config import Config
 from moe.models import Model, Variables, make_model
-from moe.parallel.mesh import make_mesh, param_shardings
+from moe.parallel.mesh import MeshConfig, make_mesh, param_shardings
 
 # Fields in which a resumed run may differ from the one that wrote its checkpoints: they change where and how long it
 # computes, what it says and how fast it learns, but not what the stored arrays mean.
@@ -95,7 +95,7 @@ def fit_mesh(table: ml_collections.ConfigDict, overrides: Iterable[str]) -> str:
     try:
         make_mesh(mesh)
     except ValueError as error:
-        config_lib.override(table, ["mesh.data=-1", "mesh.fsdp=1", "mesh.expert=1", "mesh.tensor=1"])
+        table.update({"mesh": dataclasses.asdict(MeshConfig())})
         return f"{error} Running with a copy on each device."
     return ""
 

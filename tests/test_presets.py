@@ -80,7 +80,7 @@ def test_an_unknown_preset_is_answered_with_those_there_are(tmp_path: Path) -> N
 
 
 def test_a_shape_that_leaves_chips_over_is_refused() -> None:
-    assert slices.meshes(v5p_16=(2, 2, 1)) == {"v5p-16": {"data": 2, "fsdp": 2, "expert": 2, "tensor": 1}}
+    assert slices.meshes(v5p_16=(2, 2, 1)) == {"v5p-16": {"dcn": 1, "data": 2, "fsdp": 2, "expert": 2, "tensor": 1}}
     for shape in ((1, 8, 1), (3, 1, 1)):
         with pytest.raises(ValueError, match=rf"expert={shape[1]} .* doesn't divide the 4 chips of v5p-8"):
             slices.meshes(v5p_8=shape)

@@ -40,6 +40,7 @@ MESHES = {
     "data=8": MeshConfig(data=8),
     "data=2,expert=4": MeshConfig(data=2, expert=4),
     "fsdp=2,expert=2,tensor=2": MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+    "dcn=2,fsdp=2,expert=2": MeshConfig(dcn=2, data=1, fsdp=2, expert=2),
 }
 
 

@@ -27,5 +27,5 @@ def meshes(**shapes: tuple[int, int, int]) -> Mapping[str, Mapping[str, int]]:
                 f"a mesh of fsdp={fsdp} × expert={expert} × tensor={tensor} doesn't divide the {chips(name)} chips of "
                 f"{name}."
             )
-        table[name] = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
+        table[name] = {"dcn": 1, "data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
     return table

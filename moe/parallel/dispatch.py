@@ -23,8 +23,9 @@ IMPLEMENTATIONS = ("einsum", "capacity", "dropless")
 _BLOCK, _LEAST_BLOCK = 128, 8
 # What multiplies sorted rows on a mesh of these devices.
 _GROUPED_MATMUL = {"cpu": "blocks", "tpu": "megablox"}
-# Where XLA has an all-to-all of pieces whose sizes the data decide.
-_RAGGED_ALL_TO_ALL = {"gpu", "tpu"}
+# Where XLA has an all-to-all of pieces whose sizes the data decide; on v5e in slices of up to so many devices
+# (libtpu refuses "limited ICI routing", which its larger slices have).
+_RAGGED_ALL_TO_ALL, _MOST_ON_V5E = {"gpu", "tpu"}, 16
 # Rows per expert and device from which sorted rows cost no more than queues with some room: full tiles or blocks of a
 # product that runs near the speed of a dense one. Without such a product they never do.
 _ROWS_FOR_SPEED = {"cpu": 256, "tpu": 512}
@@ -94,7 +95,7 @@ def dispatch(
             apply_experts,
             num_experts=num_experts,
             implementation=product,
-            ragged=platform in _RAGGED_ALL_TO_ALL,
+            ragged=_trades_ragged(mesh),
             receive_factor=receive_factor,
             expert_axis=expert_axis,
             tensor_axis=tensor_axis,
@@ -132,6 +133,12 @@ def _not_a_copy(primitive: Any, *_: Any, **__: Any) -> bool:
 def _apply_pieces(apply_experts: ApplyExperts, weights: Weights, x: Array, product: Product) -> Array:
     """`apply_experts`, where x comes to differ along the tensor axis once, and so do its gradients add up once."""
     return apply_experts(weights, vary_like(x, next(iter(weights.values()))), product)
+
+
+def _trades_ragged(mesh: Mesh) -> bool:
+    is_v5e = getattr(mesh.devices.flat[0], "device_kind", "").startswith("TPU v5 lite")
+    refused = is_v5e and mesh.size // mesh.shape["dcn"] > _MOST_ON_V5E
+    return _platform(mesh) in _RAGGED_ALL_TO_ALL and not refused
 
 
 def _platform(mesh: Mesh) -> str:

@@ -5,15 +5,18 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe.types import PyTree
 
-# Axes of the mesh: replicas of everything; replicas with sharded parameters; experts; pieces of one matrix.
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
+# Axes of the mesh: slices, with the data centre's network between them; replicas of everything; replicas with sharded
+# parameters; experts; pieces of one matrix.
+MESH_AXES = ("dcn", "data", "fsdp", "expert", "tensor")
 
 # Examples spread over every axis on which the computation outside the experts would otherwise be repeated.
-BATCH_AXES = ("data", "fsdp", "expert")
+BATCH_AXES = ("dcn", "data", "fsdp", "expert")
 
 # Logical axis of a parameter, named where the parameter is born -> mesh axis.
 LOGICAL_AXES: Mapping[str, str | None] = {
@@ -30,8 +33,12 @@ Axes = tuple[str | None, ...]
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Size of each mesh axis; one of them may be -1, for all devices that the others leave."""
+    """Size of each mesh axis; one of them may be -1, for all devices that the others leave.
 
+    dcn: slices, of which each has a copy of everything; between them only gradients are summed.
+    """
+
+    dcn: int = 1
     data: int = -1
     fsdp: int = 1
     expert: int = 1
@@ -39,10 +46,23 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices` (all by default). Raises ValueError if its sizes don't multiply to their number."""
+    """The mesh over `devices` (all by default), neighbours in the torus where they can be.
+
+    Raises ValueError if its sizes don't multiply to their number, or the devices lie in other slices than `dcn` says.
+    """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1 and shape[0] != slices:
+        raise ValueError(f"the {len(devices)} devices lie in {slices} slices: set mesh.dcn = {slices}, not {shape[0]}.")
+    if slices > 1:
+        one, each = (1, *shape[1:]), (slices,) + (1,) * (len(shape) - 1)
+        grid = mesh_utils.create_hybrid_device_mesh(one, each, devices, allow_split_physical_axes=True)
+    elif devices[0].platform == "tpu":
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        grid = np.array(devices).reshape(shape)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def mesh_shape(config: MeshConfig, count: int) -> tuple[int, ...]:

@@ -19,8 +19,8 @@ _COMPILED = 3
 
 
 def meshes(config: Config, slice_: Slice) -> Iterator[MeshConfig]:
-    """Every mesh over the slice's devices that divides the config's batch, experts, heads and widths."""
-    devices, model = slice_.devices, config.model
+    """Every mesh over the slices' devices that divides the config's batch, experts, heads and widths."""
+    devices, model = slice_.devices // slice_.count, config.model
     micro_batch = config.batch_size // config.accumulation_steps
     divisors = [size for size in range(1, devices + 1) if devices % size == 0]
     for fsdp, expert, tensor in itertools.product(divisors, repeat=3):
@@ -29,13 +29,13 @@ def meshes(config: Config, slice_: Slice) -> Iterator[MeshConfig]:
         fits = (
             data
             and not left
-            and micro_batch % (data * fsdp * expert) == 0
+            and micro_batch % (slice_.count * data * fsdp * expert) == 0
             and config.moe.num_experts % expert == 0
             and model.width % fsdp == 0
             and all(width % tensor == 0 for width in widths)
         )
         if fits:
-            yield MeshConfig(data=data, fsdp=fsdp, expert=expert, tensor=tensor)
+            yield MeshConfig(dcn=slice_.count, data=data, fsdp=fsdp, expert=expert, tensor=tensor)
 
 
 def rough_seconds(config: Config, mesh: MeshConfig, slice_: Slice, variables: Variables) -> float:
@@ -53,10 +53,11 @@ def rough_seconds(config: Config, mesh: MeshConfig, slice_: Slice, variables: Va
     if (experts + others) / mesh.fsdp * _STATE_BYTES > chip.usable_bytes:
         return math.inf
     again, width = int(model.remat != "none"), 2 if model.dtype == "bfloat16" else 4
-    row = analytic.tokens_per_step(config) / (mesh.data * mesh.fsdp * mesh.expert) * model.width * width
+    replicas = mesh.dcn * mesh.data
+    row = analytic.tokens_per_step(config) / (replicas * mesh.fsdp * mesh.expert) * model.width * width
     layers = (model.depth - model.dense_layers) // (model.moe_every or 1)
     gathered = config.accumulation_steps * (3 + again) * 4
-    copies = experts * _others(mesh.data) + others * _others(mesh.data * mesh.expert)
+    copies = experts * _others(replicas) + others * _others(replicas * mesh.expert)
     sent = [
         2 * 4 * copies / mesh.fsdp,
         gathered * (experts + others) * _others(mesh.fsdp),

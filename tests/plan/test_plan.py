@@ -114,6 +114,29 @@ def test_a_dense_fallback_is_named() -> None:
 
 
 @pytest.mark.tpu_aot
+@pytest.mark.parametrize(("topology", "kind"), [("v5e:4x4", "ragged-all-to-all"), ("v5e:4x8", "all-to-all")])
+def test_rows_travel_on_every_slice(topology: str, kind: str) -> None:
+    """Beyond 16 chips of v5e the compiler has no ragged all-to-all."""
+    devices = parse_slice(topology).devices
+    facts = facts_of(topology, batch_size=devices, mesh=MeshConfig(data=devices // 8, expert=8))
+    largest = max((one for one in facts["collectives"] if one["axes"] == ("expert",)), key=lambda one: one["bytes"])
+    assert largest["kind"] == kind
+
+
+@pytest.mark.tpu_aot
+def test_between_slices_only_gradients_travel() -> None:
+    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install 'moe-jax[tpu-aot]'")
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(dcn=2, fsdp=2, expert=2))
+    facts = plan.plan(config, parse_slice("v5e:2x2", count=2))
+    across = [one for one in facts["collectives"] if "dcn" in one["axes"]]
+    held = facts["hbm/parameters_bytes"]
+    assert {one["kind"] for one in across} <= {"all-reduce", "reduce-scatter", "all-gather"}
+    assert 0.5 * held < sum(one["bytes"] for one in across) < 2.1 * held
+    # The data centre's network is slower than a link between chips, and its bound is its own.
+    assert any("dcn" in name for name in facts["bound/interconnect"])
+
+
+@pytest.mark.tpu_aot
 def test_what_does_not_fit_is_named_with_the_excess(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("libtpu", reason="libtpu is not installed: pip install 'moe-jax[tpu-aot]'")
     # Eight copies of the state of 2 B parameters.

@@ -148,7 +148,7 @@ def test_the_count_sees_the_dense_product_of_ragged_dot(devices: list[jax.Device
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize("name", ["capacity_1.05", "capacity_1.25", "dropless"])
 def test_the_layer_costs_its_rows_on_tpu(name: str, devices: list[jax.Device]) -> None:
-    mesh = Mesh(np.array(devices).reshape(2, 1, 2, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    mesh = Mesh(np.array(devices).reshape(1, 2, 1, 2, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 5)
     shape = tpu_moe_layer.Shape(tokens=2 * ROWS, width=WIDTH, hidden=HIDDEN, experts=2 * EXPERTS, k=2)
     compiled = tpu_moe_layer.compile_layer(shape, tpu_moe_layer.IMPLEMENTATIONS[name], mesh)
     found = program.flops(compiled.as_text(), program.most_visits(ROWS, EXPERTS, BLOCK))

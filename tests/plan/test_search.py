@@ -46,13 +46,13 @@ def test_the_largest_batch_is_found_by_a_few_plans(batch: int) -> None:
         return peak(config.batch_size // 16)
 
     config = dataclasses.replace(CONFIG, batch_size=batch)
-    mesh = {"data": 4, "fsdp": 2, "expert": 2, "tensor": 1}
+    mesh = {"dcn": 1, "data": 4, "fsdp": 2, "expert": 2, "tensor": 1}
     assert search.largest_batch(config, mesh, peak(batch // 16), measure) == 26 * 16
     assert len(asked) <= 3
 
 
 def test_no_batch_may_fit() -> None:
-    mesh = {"data": 4, "fsdp": 2, "expert": 2, "tensor": 1}
+    mesh = {"dcn": 1, "data": 4, "fsdp": 2, "expert": 2, "tensor": 1}
     config = dataclasses.replace(CONFIG, batch_size=32)
     measure = lambda one: peak(one.batch_size // 16, fixed=20.0)  # noqa: E731
     assert search.largest_batch(config, mesh, peak(2, fixed=20.0), measure) == 0
