@@ -6,23 +6,22 @@ The model is rebuilt from the workdir's own config; an override evaluates the sa
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-import jax
 
 from moe import cli
 from moe import config as config_lib
 from moe.checkpoint import Checkpoints
 from moe.config import Config
+from moe.files import AnyPath, open_path
 from moe.metrics import flatten, params_sha256, write_json
+from moe.parallel import hosts
 from moe.parallel.mesh import make_mesh
 from moe.tasks import TASKS, caution
 from moe.workdir import fit_mesh, read_config
 from train import DEFAULT_CONFIG, make_step
 
 
-def evaluate_checkpoint(config: Config, workdir: Path, wanted: int | None) -> dict[str, Any]:
+def evaluate_checkpoint(config: Config, workdir: AnyPath, wanted: int | None) -> dict[str, Any]:
     """What evaluation.json holds: the same keys as the run's own result.json."""
     checkpoints = Checkpoints(workdir / "checkpoints")
     chosen = checkpoints.choose(wanted)
@@ -30,8 +29,7 @@ def evaluate_checkpoint(config: Config, workdir: Path, wanted: int | None) -> di
         mesh = make_mesh(config.mesh)
         task = TASKS[config.model.task]
         facts = task.check_data(config.data, config.model)
-        hosts = (jax.process_index(), jax.process_count())
-        batches = task.make_eval_batches(config.data, config.data.test_split, config.batch_size, *hosts)
+        batches = task.make_eval_batches(config.data, config.data.test_split, config.batch_size)
         step = make_step(config, mesh)
     variables = checkpoints.restore_variables(chosen, step.abstract_state.variables)
     measures = task.evaluate(step.predict, variables, batches)
@@ -49,18 +47,21 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--workdir", required=True, help="folder of the training run")
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
     arguments, overrides = cli.parse(parser, argv)
-    workdir = Path(arguments.workdir)
+    with cli.usage_errors():
+        workdir = open_path(arguments.workdir)
+        hosts.initialize()
     table = read_config(workdir)
     with cli.usage_errors():
         config_lib.override(table, overrides)
         if notice := fit_mesh(table, overrides):
-            print(notice)
+            hosts.say(notice)
         config = config_lib.resolve(table)
     if notice := caution(config.model, config.moe, config.router):
-        print(notice)
+        hosts.say(notice)
     result = evaluate_checkpoint(config, workdir, arguments.step)
-    print("\n".join(f"{name:<16} {value}" for name, value in result.items()))
-    write_json(workdir / "evaluation.json", result)
+    hosts.say(*(f"{name:<16} {value}" for name, value in result.items()))
+    if hosts.is_first():
+        write_json(workdir / "evaluation.json", result)
 
 
 if __name__ == "__main__":

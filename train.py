@@ -2,7 +2,8 @@
 
     python train.py --config=configs/digits.py --workdir=runs/digits [--config.router.name=sparse_topk …]
 
-The same command again goes on from the newest checkpoint of the workdir.
+The same command again goes on from the newest checkpoint of the workdir, which may be on a bucket (gs://BUCKET/runs/NAME).
+Of a run of several hosts every one gets the same command. SIGTERM saves, on all of them, and ends with exit code 75.
 --config.init_from=PATH begins with the weights of another run or of a Hugging Face model, whose MLPs become experts.
 """
 
@@ -16,30 +17,41 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from moe import cli
 from moe import config as config_lib
 from moe.checkpoint import Checkpoints, complete_steps
+from moe.compiler import compiler_options, keep_programs
 from moe.config import Config
-from moe.initial import describe, load_initial, plan_initial
+from moe.files import AnyPath, open_path
+from moe.initial import Initial, describe, load_initial, plan_initial
 from moe.layers.moe import group_count
-from moe.metrics import MetricsWriter, Progress, flatten, params_sha256, per_layer, write_json
+from moe.metrics import Clock, MetricsWriter, Progress, flatten, params_sha256, per_layer, write_json
 from moe.models import Batch, Objective, Variables, make_model
 from moe.optim import make_optimizer
-from moe.parallel.mesh import batch_sharding, batch_shards, constrain_batch, make_mesh, param_shardings, replicated
+from moe.parallel import hosts
+from moe.parallel.mesh import (
+    batch_sharding,
+    batch_shards,
+    constrain_batch,
+    local_rows,
+    make_mesh,
+    param_shardings,
+    replicated,
+    to_global,
+)
+from moe.plan import analytic
+from moe.plan.chips import peak_flops
+from moe.profile import Profile, parse_steps
 from moe.tasks import TASKS, caution
 from moe.types import PyTree
 from moe.unstacked import Loop, make_loop, stack
 from moe.workdir import open_workdir
 
 DEFAULT_CONFIG = "configs/digits.py"
-# How the training step is compiled, by platform. On CPU XLA by default orders operations for a concurrency that a few
-# cores don't have, and temporaries take half as much memory again, or more.
-_COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
-    "cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-}
 
 
 class TrainState(NamedTuple):
@@ -55,7 +67,7 @@ class Step(NamedTuple):
     """The programs of a run, jitted for its mesh.
 
     init(key) -> state, born sharded. train(state, batch) -> state, metrics. predict(variables, batch) -> scores, for
-    evaluation. loop: `train` for a run of many steps, see `Loop`.
+    evaluation, of a batch that every process has whole. loop: `train` for a run of many steps, see `Loop`.
     compiler_options: what `train` is best compiled with, `.lower(…).compile(compiler_options)`.
     gradients(state, batch) -> gradient, (metrics, router state): what `train` applies, not jitted.
     abstract_state, abstract_batch: shapes, types and shardings of what `train` takes.
@@ -145,17 +157,22 @@ def make_step(config: Config, mesh: Mesh) -> Step:
 
     def jitted(abstract_state: TrainState) -> Any:
         laid = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
-        return jax.jit(train, donate_argnums=0, in_shardings=(laid, rows), out_shardings=(laid, None))
+        return jax.jit(train, donate_argnums=0, in_shardings=(laid, rows), out_shardings=(laid, replicated(mesh)))
 
-    platform = mesh.devices.flat[0].platform
-    apart = platform == "cpu" and not config.model.scan_layers
+    def score_rows(variables: Variables, batch: Batch) -> PyTree:
+        rows_here = np.array(local_rows(mesh, len(batch["mask"])))
+        local = {name: np.asarray(batch[name])[rows_here] for name in config.model.scored}
+        return predict(variables, to_devices(local, config.model.scored, mesh))
+
+    device = mesh.devices.flat[0]
+    apart = device.platform == "cpu" and not config.model.scan_layers
     return Step(
         init=jax.jit(init, out_shardings=shardings),
         train=jitted(abstract),
         loop=make_loop(jitted, abstract, model.axes.params, optimizer, apart=apart),
-        compiler_options=_COMPILER_OPTIONS.get(platform, {}),
+        compiler_options=compiler_options(config.compiler, device),
         gradients=gradients,
-        predict=lambda variables, batch: predict(variables, to_devices(batch, config.model.scored, mesh)),
+        predict=score_rows,
         abstract_state=abstract,
         abstract_batch=jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows),
@@ -181,8 +198,8 @@ def state_shardings(
 
 
 def to_devices(batch: Batch, names: Sequence[str], mesh: Mesh) -> dict[str, jax.Array]:
-    """The named arrays of this host's rows, as rows of global arrays."""
-    return {name: jax.make_array_from_process_local_data(batch_sharding(mesh), batch[name]) for name in names}
+    """The named arrays of this process's rows (`local_rows`), as rows of global arrays."""
+    return {name: to_global(batch[name], mesh) for name in names}
 
 
 def restore_newest(checkpoints: Checkpoints, step: Step) -> tuple[TrainState, dict[str, Any]] | None:
@@ -191,71 +208,74 @@ def restore_newest(checkpoints: Checkpoints, step: Step) -> tuple[TrainState, di
     if not steps:
         return None
     state, data = checkpoints.restore(steps[-1], step.abstract_state)
-    print(f"resuming from step {steps[-1]}")
+    hosts.say(f"resuming from step {steps[-1]}")
     return state, data
 
 
-def train(config: Config, table: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
+def train(
+    config: Config, table: ml_collections.ConfigDict, workdir: AnyPath, profile_steps: range = range(0)
+) -> dict[str, Any]:
     """Trains from the newest checkpoint of the workdir to the last step; returns what result.json holds.
 
-    table: the config as config.json keeps it. Nothing is written before everything has been checked.
+    table: the config as config.json keeps it. profile_steps: those that are recorded for xprof. Nothing is written
+    before everything has been checked. Raises cli.Stopped where SIGTERM ended it, with everything saved.
     """
+    clock = Clock()
+    keep_programs(config.compiler)
     with cli.usage_errors():
         mesh = make_mesh(config.mesh)
         task = TASKS[config.model.task]
         facts = task.check_data(config.data, config.model)
-        hosts = (jax.process_index(), jax.process_count())
-        examples = task.make_train_iterator(config.data, config.batch_size, config.seed, *hosts)
-        test_batches = task.make_eval_batches(config.data, config.data.test_split, config.batch_size, *hosts)
         step = make_step(config, mesh)
+        rows = local_rows(mesh, config.batch_size)
+        examples = task.make_train_iterator(config.data, config.batch_size, config.seed, rows=rows)
+        test_batches = task.make_eval_batches(config.data, config.data.test_split, config.batch_size)
         lowered = step.loop.train.lower(step.loop.abstract_state, step.abstract_batch)
-        initial = None
-        if config.init_from and complete_steps(workdir / "checkpoints"):
-            print(f"{workdir} has checkpoints of its own: nothing is taken from init_from = {config.init_from}")
-        elif config.init_from:
-            initial = plan_initial(config, step.abstract_state.variables)
+        initial = plan_start(config, step, workdir)
         for difference in open_workdir(workdir, table):
-            print(f"the config differs from the one that began this run: {difference}")
-    for name, value in facts.items():
-        print(f"{name}: {value}")
+            hosts.say(f"the config differs from the one that began this run: {difference}")
+    hosts.say(*(f"{name}: {value}" for name, value in facts.items()))
     if notice := caution(config.model, config.moe, config.router):
-        print(notice)
+        hosts.say(notice)
     train_step = lowered.compile(step.compiler_options)
 
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    restored = restore_newest(checkpoints, step)
-    if restored is None:
-        state = step.init(jax.random.key(config.seed))
-        if initial is not None:
-            print(*describe(initial), sep="\n")
-            state = state._replace(variables=load_initial(initial, state.variables))
-    else:
-        state, position = restored
-        examples.set_state(position)
+    state = begin(config, step, checkpoints, examples, initial)
     start = int(state.step)
     state = step.loop.enter(state)
 
     writer, progress = MetricsWriter(workdir, start), Progress(config.steps, start)
-    logged_at, logged_step = time.monotonic(), start
+    profile, rates = Profile(profile_steps, workdir / "profile"), Rates(config, step, mesh, start)
     test: dict[str, float] = {}
-    for index in range(start + 1, config.steps + 1):
-        state, metrics = train_step(state, to_devices(next(examples), tuple(step.abstract_batch), mesh))
-        progress.advance()
-        if is_due(index, config.log_every, config.steps):
-            values = log_values(jax.device_get(metrics), config)
-            values["examples_per_second"] = (index - logged_step) * config.batch_size / (time.monotonic() - logged_at)
-            writer.write(index, values)
-            progress.log(index, values["train/loss"], values["examples_per_second"])
-            logged_at, logged_step = time.monotonic(), index
-        if is_due(index, config.checkpoint.every, config.steps):
-            checkpoints.save(index, step.loop.leave(state), examples.get_state())
-        if is_due(index, config.evaluate_every, config.steps):
-            test = task.evaluate(step.predict, step.loop.leave(state.variables), test_batches)
-            writer.write(index, flatten(test, "test"))
-    progress.close()
-    writer.close()
-    examples.close()
-    checkpoints.close()
+    is_stopping = False
+    clock.resume(writer.last)
+    with hosts.StopSignal() as stop:
+        for index in range(start + 1, config.steps + 1):
+            profile.begin(index)
+            with jax.profiler.StepTraceAnnotation("train", step_num=index):
+                state, metrics = train_step(state, to_devices(next(examples), tuple(step.abstract_batch), mesh))
+            if profile.end(index, metrics):
+                hosts.say(f"profile written: xprof --logdir={workdir / 'profile'}")
+            progress.advance()
+            is_stopping = stop.is_due(index) and index < config.steps
+            if is_stopping or is_due(index, config.log_every, config.steps):
+                values = log_values(jax.device_get(metrics), config) | rates.since_last(index) | clock.values()
+                writer.write(index, values)
+                progress.log(index, values["train/loss"], values["examples_per_second"])
+            if is_stopping or is_due(index, config.checkpoint.every, config.steps):
+                jax.block_until_ready(state)
+                with clock.spent("checkpoint"):
+                    checkpoints.save(index, step.loop.leave(state), examples.get_state())
+            if is_stopping:
+                break
+            if is_due(index, config.evaluate_every, config.steps):
+                with clock.spent("evaluation"):
+                    test = task.evaluate(step.predict, step.loop.leave(state.variables), test_batches)
+                writer.write(index, flatten(test, "test"))
+    for part in (profile, progress, writer, examples, checkpoints):
+        part.close()
+    if is_stopping:
+        raise cli.Stopped(f"told to stop: saved after step {index} of {config.steps}; the same command goes on.")
 
     test = test or task.evaluate(step.predict, step.loop.leave(state.variables), test_batches)
     result = {
@@ -264,8 +284,52 @@ def train(config: Config, table: ml_collections.ConfigDict, workdir: Path) -> di
         **facts,
         "params/sha256": params_sha256(step.loop.leave(state.variables.params)),
     }
-    write_json(workdir / "result.json", result)
+    if hosts.is_first():
+        write_json(workdir / "result.json", result)
     return result
+
+
+def plan_start(config: Config, step: Step, workdir: AnyPath) -> Initial | None:
+    """What `config.init_from` gives, where there is no checkpoint to go on from."""
+    if not config.init_from:
+        return None
+    if complete_steps(workdir / "checkpoints"):
+        hosts.say(f"{workdir} has checkpoints of its own: nothing is taken from init_from = {config.init_from}")
+        return None
+    return plan_initial(config, step.abstract_state.variables)
+
+
+def begin(config: Config, step: Step, checkpoints: Checkpoints, examples: Any, initial: Initial | None) -> TrainState:
+    """The state to go on from: of the newest checkpoint, whose place in the data `examples` go to, or a fresh one."""
+    if (restored := restore_newest(checkpoints, step)) is not None:
+        state, position = restored
+        examples.set_state(position)
+        return state
+    state = step.init(jax.random.key(config.seed))
+    if initial is None:
+        return state
+    hosts.say(*describe(initial))
+    return state._replace(variables=load_initial(initial, state.variables))
+
+
+class Rates:
+    """Speed between log points: examples and tokens a second, and of the chips' peak what the model itself needs."""
+
+    def __init__(self, config: Config, step: Step, mesh: Mesh, start: int) -> None:
+        self._examples = config.batch_size
+        self._tokens = analytic.tokens_per_step(config)
+        self._flops = analytic.active_flops(config, step.abstract_state.variables)
+        self._peak = mesh.size * peak_flops(mesh.devices.flat[0].device_kind)
+        self._last, self._time = start, time.monotonic()
+
+    def since_last(self, step: int) -> dict[str, float]:
+        """examples_per_second, tokens_per_second and, of devices whose peak is known, mfu (PaLM, 2204.02311)."""
+        now = time.monotonic()
+        steps_per_second = (step - self._last) / (now - self._time)
+        self._last, self._time = step, now
+        speed = {"examples": self._examples, "tokens": self._tokens}
+        values = {f"{name}_per_second": steps_per_second * count for name, count in speed.items()}
+        return values | ({"mfu": steps_per_second * self._flops / self._peak} if self._peak else {})
 
 
 def is_due(step: int, every: int, last: int) -> bool:
@@ -290,17 +354,22 @@ def main(argv: Sequence[str]) -> None:
         "--config", default=DEFAULT_CONFIG, help="config FILE, or FILE:SLICE for its mesh there (default: %(default)s)"
     )
     parser.add_argument("--workdir", help="folder of the run (default: runs/ and the config's name)")
+    parser.add_argument("--profile-steps", default="", help="steps to record for xprof, FIRST:LAST, such as 10:15")
     arguments, overrides = cli.parse(parser, argv)
     with cli.usage_errors():
         table = config_lib.load_file(arguments.config)
         config_lib.override(table, overrides)
         config = config_lib.resolve(table)
-        workdir = Path(arguments.workdir or f"runs/{Path(arguments.config).stem}")
-    result = train(config, table, workdir)
+        workdir = open_path(arguments.workdir or f"runs/{Path(arguments.config).stem}")
+        profile_steps = parse_steps(arguments.profile_steps) if arguments.profile_steps else range(0)
+        hosts.initialize()
+    result = train(config, table, workdir, profile_steps)
     tests = (f"{name.replace('/', ' ')} {value:.4f}" for name, value in result.items() if name.startswith("test/"))
-    print(", ".join(tests))
-    print(f"checkpoint: {workdir / 'checkpoints' / str(result['step'])}")
-    print(f"evaluate it: {os.path.relpath(sys.executable)} evaluate.py --workdir={workdir}")
+    hosts.say(
+        ", ".join(tests),
+        f"checkpoint: {workdir / 'checkpoints' / str(result['step'])}",
+        f"evaluate it: {os.path.relpath(sys.executable)} evaluate.py --workdir={workdir}",
+    )
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from moe.files import AnyPath, is_remote
 from moe.types import PyTree
 
 
@@ -30,7 +30,7 @@ class CheckpointError(Exception):
     """A checkpoint is missing, damaged or of another model; the message is one sentence."""
 
 
-def complete_steps(folder: Path) -> list[int]:
+def complete_steps(folder: AnyPath) -> list[int]:
     """Steps that have a complete checkpoint in the folder, oldest first; none where there is no such folder."""
     if not folder.is_dir():
         return []
@@ -41,9 +41,9 @@ def complete_steps(folder: Path) -> list[int]:
 class Checkpoints:
     """The checkpoints of one run, a folder for each step. A save becomes visible only when it is complete."""
 
-    def __init__(self, folder: Path, keep: int | None = None) -> None:
+    def __init__(self, folder: AnyPath, keep: int | None = None) -> None:
         """Keeps the `keep` newest when one is saved; None opens the folder for reading only."""
-        self.folder = folder.absolute()
+        self.folder = folder if is_remote(folder) else folder.absolute()
         reading = keep is None
         if reading and not folder.is_dir():
             raise CheckpointError(f"there are no checkpoints in {folder}: give the workdir of a training run.")

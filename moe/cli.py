@@ -12,7 +12,8 @@ from absl import logging as absl_logging
 from moe.checkpoint import CheckpointError
 from moe.routers import ROUTERS
 
-USAGE, FAILURE = 2, 1
+# A run that has been told to stop and has saved: the same command goes on (EX_TEMPFAIL of sysexits.h).
+USAGE, FAILURE, STOPPED = 2, 1, 75
 
 
 class UsageError(Exception):
@@ -21,6 +22,10 @@ class UsageError(Exception):
 
 class Failure(Exception):
     """The command was right, but something it needs isn't there. Exit code 1."""
+
+
+class Stopped(Exception):
+    """The run was told to stop, and has saved all that it needs to go on. Exit code 75."""
 
 
 @contextlib.contextmanager
@@ -78,6 +83,8 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         code, message = USAGE, str(error)
     except (Failure, CheckpointError) as error:
         code, message = FAILURE, str(error)
+    except Stopped as stop:
+        code, message = STOPPED, str(stop)
     except OSError as error:
         code, message = FAILURE, f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
     except KeyboardInterrupt:

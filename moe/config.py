@@ -16,6 +16,7 @@ import ml_collections
 
 from moe import isotonic, topk
 from moe.checkpoint import CheckpointConfig
+from moe.compiler import CompilerConfig
 from moe.data.pipeline import DataConfig
 from moe.data.text import TextConfig
 from moe.layers.moe import MoeConfig
@@ -61,6 +62,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    compiler: CompilerConfig = CompilerConfig()
     accumulation_steps: int = 1
     label_smoothing: float = 0.0
     loss: Literal["softmax", "sigmoid"] = "softmax"

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from jaxtyping import Array, Float, Int, Key
 from moe import cli
 from moe.data.text import TextConfig
 from moe.data.tokenizer import Tokenizer, open_tokenizer
+from moe.files import open_path
 from moe.models import LmConfig, Model, Variables
 from moe.parallel.mesh import batch_shards
 from moe.tasks import caution
@@ -163,7 +163,7 @@ def main(argv: Sequence[str]) -> None:
     arguments, overrides = cli.parse(parser, argv)
     with cli.usage_errors():
         sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-        loaded = load_model(Path(arguments.workdir), arguments.step, overrides)
+        loaded = load_model(open_path(arguments.workdir), arguments.step, overrides)
         if not isinstance(loaded.config.model, LmConfig) or not isinstance(loaded.config.data, TextConfig):
             raise ValueError(f"{arguments.workdir} holds a model of images, which writes no text.")
         if notice := caution(loaded.config.model, loaded.config.moe, loaded.config.router):

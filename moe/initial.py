@@ -6,7 +6,6 @@ Arrays are read shard by shard, as the mesh lays them out, and experts are made 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe.config import Config, name_of
 from moe.convert.source import Source, SourceArray, VariablePath, name_variables, open_source
+from moe.files import open_path
 from moe.layers.block import stacked_blocks
 from moe.models import ModelConfig, Variables
 from moe.ops.upcycle import alter, granularity, group_columns, to_experts
@@ -73,7 +73,7 @@ def plan_initial(config: Config, abstract: Variables) -> Initial:
 
     Raises CheckpointError where it isn't there or can't be read, ValueError where it doesn't fit the config.
     """
-    source = open_source(Path(config.init_from))
+    source = open_source(open_path(config.init_from))
     _check_model(source, config.model)
     known = {place: (array, row) for path, array in source.arrays.items() for row, place in _places(path, source.model)}
     used: set[Place] = set()

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +17,77 @@ from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from moe.files import AnyPath, is_remote, write_whole
+from moe.parallel import hosts
 from moe.types import PyTree
+
+# Between copies of a run's numbers to object storage.
+_COPY_SECONDS = 30.0
+# Entries of an array that are brought to all hosts at a time.
+_GATHERED = 2**26
 
 
 class MetricsWriter:
-    """Appends one line per log point to metrics.jsonl, and the same numbers to TensorBoard event files."""
+    """Adds one line per log point to metrics.jsonl, and the same numbers to TensorBoard event files.
 
-    def __init__(self, workdir: Path, start_step: int) -> None:
+    Only the first process writes. Objects on a bucket can't be added to: there both are written on this machine, and
+    copied at most every `_COPY_SECONDS` and in the end.
+    """
+
+    def __init__(self, workdir: AnyPath, start_step: int) -> None:
         """Lines after `start_step` are from a part of the run that is computed again; they are taken out."""
-        self._path = workdir / "metrics.jsonl"
-        kept, again = _split_lines(self._path, start_step)
+        self.last: dict[str, Any] = {}
+        self._events: SummaryWriter | None = None
+        if not hosts.is_first():
+            return
+        self._target = workdir
+        self._folder = Path(tempfile.mkdtemp(prefix="metrics-")) if is_remote(workdir) else workdir
+        self._copied = time.monotonic()
+        path = workdir / "metrics.jsonl"
+        kept, again = _split_lines(path, start_step)
+        if kept:
+            self.last = json.loads(kept[-1])
+        if again or is_remote(workdir):
+            write_whole(self._folder / "metrics.jsonl", "".join(kept))
         if again:
-            replacement = self._path.with_suffix(".tmp")
-            replacement.write_text("".join(kept))
-            replacement.replace(self._path)
             print(f"metrics.jsonl: took out {again} lines after step {start_step}, which is run again", file=sys.stderr)
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1 if again else None)
+        events = str(self._folder / "tensorboard")
+        self._events = SummaryWriter(events, purge_step=start_step + 1 if again else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes {"step": step, **values}."""
-        with self._path.open("a") as file:
+        if self._events is None:
+            return
+        with (self._folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+        if is_remote(self._target) and time.monotonic() - self._copied > _COPY_SECONDS:
+            self._copy()
+
+    def _copy(self) -> None:
+        assert self._events is not None
+        self._events.flush()
+        for name in (
+            "metrics.jsonl",
+            *(f"tensorboard/{file.name}" for file in (self._folder / "tensorboard").iterdir()),
+        ):
+            (self._target / name).parent.mkdir(parents=True, exist_ok=True)
+            (self._target / name).write_bytes((self._folder / name).read_bytes())
+        self._copied = time.monotonic()
 
     def close(self) -> None:
-        """Flushes the event files."""
+        """Completes the files."""
+        if self._events is None:
+            return
         self._events.close()
+        if is_remote(self._target):
+            self._copy()
+            shutil.rmtree(self._folder)
+        self._events = None
 
 
-def _split_lines(path: Path, step: int) -> tuple[list[str], int]:
+def _split_lines(path: AnyPath, step: int) -> tuple[list[str], int]:
     """The lines up to `step`, and how many others there are (a line cut off by a crash is one of those)."""
     if not path.exists():
         return [], 0
@@ -65,7 +109,8 @@ class Progress:
         self._total = total
         self._start = start
         self._began = time.monotonic()
-        self._bar = tqdm(total=total, initial=start, unit="step", disable=not sys.stderr.isatty())
+        silent = not (hosts.is_first() and sys.stderr.isatty())
+        self._bar = tqdm(total=total, initial=start, unit="step", disable=silent)
 
     def advance(self) -> None:
         """One more step is done."""
@@ -77,10 +122,9 @@ class Progress:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {examples_per_second:.0f} examples/s")
             return
         left = (time.monotonic() - self._began) / max(step - self._start, 1) * (self._total - step)
-        print(
+        hosts.say(
             f"step {step}/{self._total}  loss {loss:.4f}  {examples_per_second:.0f} examples/s  "
-            f"{tqdm.format_interval(left)} left",
-            flush=True,
+            f"{tqdm.format_interval(left)} left"
         )
 
     def close(self) -> None:
@@ -103,22 +147,79 @@ def per_layer(metrics: Mapping[str, Any], first: int, every: int) -> dict[str, f
 
 
 def params_sha256(params: PyTree) -> str:
-    """SHA-256 over all parameters, in alphabetical order of their paths: each one's path, type, shape and bytes."""
+    """SHA-256 over all parameters, in alphabetical order of their paths: each one's path, type, shape and bytes.
+
+    Of arrays that lie on several hosts a few rows are brought together at a time.
+    """
     digest = hashlib.sha256()
     named = [
         (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     ]
     for name, leaf in sorted(named, key=lambda item: item[0]):
-        whole = leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
-        array = np.ascontiguousarray(whole)
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.tobytes())
+        digest.update(f"{name} {np.dtype(leaf.dtype)} {leaf.shape}\n".encode())
+        for part in _pieces(leaf):
+            digest.update(np.ascontiguousarray(part).tobytes())
     return digest.hexdigest()
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def _pieces(leaf: jax.Array) -> Iterator[Any]:
+    """The array, along its leading axis, whole where it lies on this host."""
+    if leaf.is_fully_addressable or leaf.is_fully_replicated:
+        yield leaf
+        return
+    rows = max(1, _GATHERED // max(1, leaf.size // leaf.shape[0]))
+    for start in range(0, leaf.shape[0], rows):
+        yield multihost_utils.process_allgather(leaf[start : start + rows], tiled=True)
+
+
+class Clock:
+    """Where a run's time goes, from its first start on, over all of its restarts.
+
+    Everything in the loop of steps counts as training, but for what is said to be `spent` on something else, and for
+    steps that are run again after a restart.
+    """
+
+    def __init__(self) -> None:
+        self._begin = time.time()
+        self._seconds = {"training": 0.0, "checkpoint": 0.0, "evaluation": 0.0}
+        self._since: float | None = None
+
+    def resume(self, last: Mapping[str, Any]) -> None:
+        """Goes on from the last line of metrics.jsonl that counts, and begins to count training."""
+        if "time/elapsed_seconds" in last:
+            self._begin = last["time/unix_seconds"] - last["time/elapsed_seconds"]
+            self._seconds = {name: last.get(f"time/{name}_seconds", 0.0) for name in self._seconds}
+        self._since = time.time()
+
+    @contextmanager
+    def spent(self, on: str) -> Iterator[None]:
+        """What happens inside is no training."""
+        self._count("training")
+        try:
+            yield
+        finally:
+            self._count(on)
+
+    def _count(self, name: str) -> None:
+        now = time.time()
+        if self._since is not None:
+            self._seconds[name] += now - self._since
+        self._since = now
+
+    def values(self) -> dict[str, float]:
+        """Seconds so far, and goodput: those of training over all that have passed."""
+        self._count("training")
+        now = time.time()
+        elapsed = max(now - self._begin, 1e-9)
+        return {
+            "goodput": self._seconds["training"] / elapsed,
+            **{f"time/{name}_seconds": seconds for name, seconds in self._seconds.items()},
+            "time/elapsed_seconds": elapsed,
+            "time/unix_seconds": now,
+        }
+
+
+def write_json(path: AnyPath, value: Mapping[str, Any]) -> None:
     """Writes the file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    write_whole(path, json.dumps(value, indent=2) + "\n")

@@ -1,10 +1,8 @@
 """The folder of a run: which config it belongs to, whether it can be written, and the model that it holds."""
 
 import dataclasses
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +12,9 @@ from jax.sharding import Mesh
 from moe import config as config_lib
 from moe.checkpoint import CheckpointError, Checkpoints
 from moe.config import Config
+from moe.files import AnyPath, is_remote, write_whole
 from moe.models import Model, Variables, make_model
+from moe.parallel import hosts
 from moe.parallel.mesh import MeshConfig, make_mesh, param_shardings
 
 # Fields in which a resumed run may differ from the one that wrote its checkpoints: they change where and how long it
@@ -22,6 +22,7 @@ from moe.parallel.mesh import MeshConfig, make_mesh, param_shardings
 FREE_FIELDS = (
     "mesh.",
     "checkpoint.",
+    "compiler.",
     "log_every",
     "evaluate_every",
     "steps",
@@ -41,19 +42,13 @@ FREE_FIELDS = (
 )
 
 
-def open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> list[str]:
+def open_workdir(workdir: AnyPath, config: ml_collections.ConfigDict) -> list[str]:
     """Makes the folder the run's own and writes its config.json; returns the differences to a config already there.
 
-    Raises ValueError if the folder holds another config's checkpoints, OSError if it can't be written.
+    Of several processes the first writes. Raises ValueError if the folder holds another config's checkpoints, OSError
+    if it can't be written, or isn't the same for every process.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"workdir {workdir} can't be written ({error.strerror}): choose another with --workdir."
-        ) from error
+    _check_writable(workdir)
     path = workdir / "config.json"
     started = any((workdir / "checkpoints").glob("[0-9]*"))
     differences: list[str] = []
@@ -67,13 +62,35 @@ def open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> list[str]:
                 f"{workdir} holds checkpoints of another config, which differs in {'; '.join(refused)}: "
                 "choose another --workdir, or set these fields back."
             )
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(config_lib.to_json(config))
-    temporary.replace(path)
+    hosts.wait("every process has read config.json")
+    if hosts.is_first():
+        write_whole(path, config_lib.to_json(config))
+    hosts.wait("config.json is written")
+    if not hosts.agree(path.exists()):
+        raise OSError(
+            f"workdir {workdir} isn't the same folder for the {jax.process_count()} processes of this run: choose one "
+            "on storage that they share, such as gs://BUCKET/runs/NAME."
+        )
     return differences
 
 
-def read_config(workdir: Path) -> ml_collections.ConfigDict:
+def _check_writable(workdir: AnyPath) -> None:
+    try:
+        if is_remote(workdir):
+            probe = workdir / f".writable-{jax.process_index()}"
+            probe.write_text("")
+            probe.unlink()
+        else:
+            workdir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=workdir):
+                pass
+    except OSError as error:
+        raise OSError(
+            f"workdir {workdir} can't be written ({error.strerror or error}): choose another with --workdir."
+        ) from error
+
+
+def read_config(workdir: AnyPath) -> ml_collections.ConfigDict:
     """The config of the run in `workdir`. Raises CheckpointError if there is none or it can't be read."""
     path = workdir / "config.json"
     try:
@@ -109,7 +126,7 @@ class Loaded(NamedTuple):
     variables: Variables
 
 
-def load_model(workdir: Path, step: int | None = None, overrides: Sequence[str] = ()) -> Loaded:
+def load_model(workdir: AnyPath, step: int | None = None, overrides: Sequence[str] = ()) -> Loaded:
     """The model that a workdir's checkpoint holds (the newest by default), under its config with overrides.
 
     Every example is routed by itself, so that what the model says of it depends on no other. Raises CheckpointError
@@ -118,7 +135,7 @@ def load_model(workdir: Path, step: int | None = None, overrides: Sequence[str] 
     table = read_config(workdir)
     config_lib.override(table, overrides)
     if notice := fit_mesh(table, overrides):
-        print(notice, file=sys.stderr)
+        hosts.say(notice, error=True)
     config = config_lib.resolve(table)
     config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, group_size=1))
     mesh = make_mesh(config.mesh)

@@ -13,6 +13,7 @@ def new_config(**changes: Any) -> ml_collections.ConfigDict:
         "label_smoothing": 0.0,
         "loss": "softmax",
         "init_from": "",
+        "compiler": {"preset": "default", "options": (), "cache": ""},
         "upcycle": {"method": "copy", "noise": 0.0, "drop": 0.0, "output_scale": 1.0},
     }
     return ml_collections.ConfigDict(fields | changes)

@@ -22,6 +22,7 @@ from moe.convert.settings import Settings, find_architecture, generate, parse
 from moe.convert.store import StoredVariables, Streamed, save_parameters
 from moe.data.text import TextConfig
 from moe.data.tokenizer import TokenizerConfig
+from moe.files import AnyPath
 from moe.models import LmConfig, make_model
 from moe.ops.upcycle import UpcycleConfig
 from moe.optim import OptimizerConfig
@@ -84,7 +85,7 @@ def open_hf(folder: Path) -> tuple[Settings, Tensors, list[Leaf]]:
     return settings, tensors, leaves
 
 
-def to_hf(workdir: Path, folder: Path, step: int | None = None, shard_bytes: int = 5_000_000_000) -> None:
+def to_hf(workdir: AnyPath, folder: Path, step: int | None = None, shard_bytes: int = 5_000_000_000) -> None:
     """Writes config.json and safetensors of a workdir's model, of its newest checkpoint by default.
 
     Tensors get the types that they came with, float32 where the model didn't come from there. Raises ValueError where

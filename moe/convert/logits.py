@@ -6,13 +6,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from moe.files import AnyPath
 from moe.models import LmConfig
 from moe.parallel.mesh import batch_shards
 from moe.workdir import load_model
 
 
 def write_logits(
-    workdir: Path, tokens: Path, logits: Path, step: int | None = None, overrides: Sequence[str] = ()
+    workdir: AnyPath, tokens: Path, logits: Path, step: int | None = None, overrides: Sequence[str] = ()
 ) -> None:
     """Runs the model on token ids [B, L] of a .npy file and writes float32 logits [B, L, V] to another.
 

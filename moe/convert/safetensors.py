@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from moe.files import AnyPath
+
 DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -107,7 +109,7 @@ def write_shards(folder: Path, specs: Mapping[str, Spec], tensors: Iterable[np.n
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: AnyPath) -> dict[str, Any]:
     """A JSON object. Raises ValueError where there is no such file, or it holds something else."""
     try:
         table = json.loads(path.read_text())

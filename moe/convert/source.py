@@ -13,6 +13,7 @@ from moe.convert.convert import open_hf
 from moe.convert.names import Leaf
 from moe.convert.safetensors import Tensors, read_json
 from moe.convert.store import StoredVariables
+from moe.files import AnyPath
 from moe.layers.moe import MoeConfig
 from moe.models import ModelConfig, make_model
 from moe.routers import Router
@@ -42,7 +43,7 @@ class Source(NamedTuple):
     arrays: Mapping[VariablePath, SourceArray]
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: AnyPath) -> Source:
     """Opens a workdir (its newest checkpoint), a checkpoint WORKDIR/checkpoints/N, or a Hugging Face folder.
 
     Raises CheckpointError where it isn't there or can't be read, ValueError where it is none of these or not supported.
@@ -55,7 +56,7 @@ def open_source(path: Path) -> Source:
         return _open_workdir(path, None)
     config = path / "config.json"
     if config.is_file() and read_json(config).keys() & {"architectures", "model_type"}:
-        return _open_hf(path)
+        return _open_hf(Path(path))
     raise ValueError(
         f"init_from = {path} is neither the workdir of a run with checkpoints nor the folder of a Hugging Face model "
         "with config.json and safetensors."
@@ -71,7 +72,7 @@ def name_variables(variables: Any) -> dict[VariablePath, Any]:
     return named
 
 
-def _open_workdir(workdir: Path, step: int | None) -> Source:
+def _open_workdir(workdir: AnyPath, step: int | None) -> Source:
     config = config_lib.resolve(read_config(workdir))
     checkpoints = Checkpoints(workdir / "checkpoints")
     folder = workdir / "checkpoints" / str(checkpoints.choose(step))

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from moe.checkpoint import CheckpointError
+from moe.files import AnyPath, is_remote
 from moe.models import Variables
 from moe.types import PyTree
 
@@ -82,7 +83,7 @@ def save_parameters(folder: Path, params: PyTree, router_state: PyTree) -> None:
 class StoredVariables:
     """The variables of a checkpoint's model, read part by part."""
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: AnyPath) -> None:
         """state: the folder of a step's item of that name."""
         self._state = state
         self._merged = (state / "manifest.ocdbt").is_file()
@@ -90,9 +91,10 @@ class StoredVariables:
     def open(self, path: tuple[str, ...]) -> Any:
         """An array that reads what it is indexed with; path: of `Variables`. CheckpointError if it isn't there."""
         name = ".".join(("variables", *path))
-        kvstore: dict[str, Any] = {"driver": "file", "path": str(self._state / name) + "/"}
+        base = str(self._state) if is_remote(self._state) else f"file://{self._state.absolute()}"
+        kvstore: Any = f"{base}/{name}/"
         if self._merged:
-            kvstore = {"driver": "ocdbt", "base": f"file://{self._state.absolute()}/", "path": f"{name}/"}
+            kvstore = {"driver": "ocdbt", "base": f"{base}/", "path": f"{name}/"}
         try:
             return tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
         except ValueError as error:

@@ -2,12 +2,13 @@
 
 Training reads one endless sequence of examples that the seed alone determines: shuffled anew in every epoch, batches
 crossing from one epoch into the next so that none is short. Batch i of the run is examples i·B to (i+1)·B - 1 of that
-sequence, and host h of H reads the contiguous rows h·B/H to (h+1)·B/H - 1 of it. So the examples, their order and their
-augmentation are the same on any number of hosts, threads and worker processes, and after a resume.
+sequence, and host h of H reads the contiguous rows h·B/H to (h+1)·B/H - 1 of it, or such rows as it is told. So the
+examples, their order and their augmentation are the same on any number of hosts, threads and worker processes, and
+after a resume.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import grain
@@ -36,24 +37,27 @@ class Ahead(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Which rows of a batch of all hosts are this host's."""
+    """Which rows of a batch of all hosts are this host's, in order."""
 
     batch_size: int
-    process_index: int
-    process_count: int
+    rows: tuple[int, ...]
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.process_index < self.process_count:
-            raise ValueError(f"there is no process {self.process_index} of {self.process_count}: count from 0")
-        if self.batch_size < 1 or self.batch_size % self.process_count:
+    @classmethod
+    def of(cls, batch_size: int, process_index: int, process_count: int, rows: Sequence[int] | None) -> "Share":
+        """The given rows; without any, one of equal parts. Raises ValueError where they aren't rows of the batch."""
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"there is no process {process_index} of {process_count}: count from 0")
+        if rows is not None:
+            if not rows or not all(0 <= row < batch_size for row in rows):
+                raise ValueError(f"rows {list(rows)[:8]} must be some of the {batch_size} of a batch, counted from 0")
+            return cls(batch_size, tuple(int(row) for row in rows))
+        if batch_size < 1 or batch_size % process_count:
             raise ValueError(
-                f"a batch of {self.batch_size} examples cannot be shared by {self.process_count} processes: choose a "
-                f"positive multiple of {self.process_count} as batch size"
+                f"a batch of {batch_size} examples cannot be shared by {process_count} processes: choose a "
+                f"positive multiple of {process_count} as batch size"
             )
-
-    @property
-    def rows(self) -> int:
-        return self.batch_size // self.process_count
+        size = batch_size // process_count
+        return cls(batch_size, tuple(range(process_index * size, (process_index + 1) * size)))
 
 
 class HostBatches(grain.MapDataset):
@@ -76,8 +80,8 @@ class HostBatches(grain.MapDataset):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        start = self._first + index * self._share.batch_size + self._share.process_index * self._share.rows
-        positions = range(start, start + self._share.rows)
+        start = self._first + index * self._share.batch_size
+        positions = [start + row for row in self._share.rows]
         indices = [self.parents[0][position] for position in positions]
         return {"position": np.array(positions, np.int64), "index": np.array(indices, np.int32)}
 

@@ -9,7 +9,7 @@ Which examples make up a batch, on any number of hosts, `moe.data.batches` says.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import grain
 import numpy as np
@@ -86,7 +86,12 @@ def inspect_data(config: DataConfig) -> DataInfo:
 
 
 def make_train_iterator(
-    config: DataConfig, batch_size: int, seed: int, process_index: int, process_count: int
+    config: DataConfig,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> TrainIterator:
     """This host's rows of every batch of the training sequence (see above), without end.
 
@@ -96,6 +101,7 @@ def make_train_iterator(
         seed: determines order and augmentation.
         process_index: which host this is, from 0.
         process_count: how many hosts share every batch.
+        rows: of every batch that this host reads, instead of an equal part of it.
 
     Raises:
         ValueError: the set is unknown or not prepared, the split is unknown or empty, the seed is out of range, or the
@@ -103,7 +109,7 @@ def make_train_iterator(
         OSError: the set cannot be written.
     """
     check_seed(seed)
-    share = Share(batch_size, process_index, process_count)
+    share = Share.of(batch_size, process_index, process_count, rows)
     split = _open_split(config, config.train_split)
     indices = grain.MapDataset.range(len(split))
     if config.shuffle:
@@ -113,14 +119,19 @@ def make_train_iterator(
 
 
 def make_eval_batches(
-    config: DataConfig, split: str, batch_size: int, process_index: int, process_count: int
+    config: DataConfig,
+    split: str,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterable[Batch]:
     """This host's rows of the batches that hold every example of `split` once, in order; iterate as often as needed.
 
     The last batch is filled up to `batch_size` with rows whose mask is False, image and label 0, and index -1, so all
     hosts get the same number of batches. Arguments and errors are those of `make_train_iterator`.
     """
-    share = Share(batch_size, process_index, process_count)
+    share = Share.of(batch_size, process_index, process_count, rows)
     examples = _open_split(config, split)
     sequence = grain.MapDataset.range(len(examples)).repeat()
     batches = HostBatches(sequence, share, first=0)[: -(-len(examples) // batch_size)]

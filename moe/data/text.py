@@ -23,7 +23,7 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import grain
@@ -170,7 +170,12 @@ def check_vocabulary(config: TextConfig, model_vocab: int) -> None:
 
 
 def make_text_train_iterator(
-    config: TextConfig, batch_size: int, seed: int, process_index: int, process_count: int
+    config: TextConfig,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> TrainIterator:
     """This host's rows of every batch of the training sequence (see above), without end.
 
@@ -180,6 +185,7 @@ def make_text_train_iterator(
         seed: determines order.
         process_index: which host this is, from 0.
         process_count: how many hosts share every batch.
+        rows: of every batch that this host reads, instead of an equal part of it.
 
     Raises:
         ValueError: a source, split, file, field or tokenizer isn't there or is unfit, there is no text, the seed is out
@@ -187,7 +193,7 @@ def make_text_train_iterator(
         OSError: tokens, or a set of `moe.data.source.BUILDERS`, cannot be written.
     """
     check_seed(seed)
-    share = Share(batch_size, process_index, process_count)
+    share = Share.of(batch_size, process_index, process_count, rows)
     end = open_tokenizer(config.tokenizer).end
     packed = [
         Packed(corpus, config.length, end, (seed, source), config.shuffle)
@@ -202,7 +208,12 @@ def make_text_train_iterator(
 
 
 def make_text_eval_batches(
-    config: TextConfig, split: str, batch_size: int, process_index: int, process_count: int
+    config: TextConfig,
+    split: str,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterable[Batch]:
     """This host's rows of the batches that hold every document of `split` once, in order; iterate as often as needed.
 
@@ -212,7 +223,7 @@ def make_text_eval_batches(
     document and index -1, so all hosts get the same number of batches. Arguments and errors are those of
     `make_text_train_iterator`.
     """
-    share = Share(batch_size, process_index, process_count)
+    share = Share.of(batch_size, process_index, process_count, rows)
     end = open_tokenizer(config.tokenizer).end
     windows = [Windows(corpus, config.length, end) for corpus in _open(config, split, with_sizes=True)]
     count = sum(map(len, windows))

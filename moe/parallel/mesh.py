@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,11 +39,11 @@ class MeshConfig:
     dcn: slices, of which each has a copy of everything; between them only gradients are summed.
     """
 
-    dcn: int = 1
     data: int = -1
     fsdp: int = 1
     expert: int = 1
     tensor: int = 1
+    dcn: int = 1
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -91,6 +92,34 @@ def batch_shards(mesh: Mesh) -> int:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Leading axis over every batch axis of the mesh."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
+    """The rows of a batch that lie on this process's devices, in order.
+
+    With an axis across processes along which the batch isn't cut, several have the same.
+    """
+    each = batch_size // batch_shards(mesh)
+    return tuple(row for block in _local_blocks(mesh) for row in range(block * each, (block + 1) * each))
+
+
+def to_global(local: np.ndarray, mesh: Mesh) -> jax.Array:
+    """The batch of which every process has its `local_rows`, laid over all devices."""
+    blocks = _local_blocks(mesh)
+    each = len(local) // len(blocks)
+    shape = (each * batch_shards(mesh), *local.shape[1:])
+
+    def of(index: Any) -> np.ndarray:
+        block = blocks.index((index[0].start or 0) // each)
+        return local[block * each : (block + 1) * each]
+
+    return jax.make_array_from_callback(shape, batch_sharding(mesh), of)
+
+
+def _local_blocks(mesh: Mesh) -> list[int]:
+    """Which of the batch's pieces, in order, lie on this process's devices."""
+    here = np.vectorize(lambda device: device.process_index == jax.process_index())(mesh.devices)
+    return np.flatnonzero(here.reshape(batch_shards(mesh), -1).any(axis=1)).tolist()
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

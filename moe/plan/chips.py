@@ -56,6 +56,20 @@ CHIPS = {
 }
 
 
+# What JAX calls the devices of each.
+_DEVICE_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+# The same of GPUs: bfloat16 FLOP/s of dense matrices, from NVIDIA's data sheets (SXM), by the beginning of the name.
+_GPUS = {"NVIDIA A100": 312e12, "NVIDIA H100": 989.4e12, "NVIDIA H200": 989.4e12, "NVIDIA B200": 2250e12}
+
+
+def peak_flops(device_kind: str) -> float:
+    """bfloat16 FLOP/s at peak of one device that JAX calls so; 0 where it isn't known, as of a CPU."""
+    if device_kind in _DEVICE_KINDS:
+        chip = CHIPS[_DEVICE_KINDS[device_kind]]
+        return chip.flops / chip.cores
+    return next((flops for name, flops in _GPUS.items() if device_kind.startswith(name)), 0.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Slice:
     """Chips of one kind in a torus of `shape`, `count` of them connected by the data centre's network."""

@@ -1,0 +1,34 @@
+"""Paths of runs, on disks and on object storage (gs://, through etils' epath and gcsfs)."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from etils import epath
+
+AnyPath: TypeAlias = Path | epath.Path
+
+
+def open_path(name: str) -> AnyPath:
+    """The path of that name, as given. Raises ValueError where what reads its kind isn't installed."""
+    kind, separator, _ = name.partition("://")
+    if separator and kind != "gs":
+        raise ValueError(f"path '{name}' must be one of this machine or of Google Cloud Storage, gs://BUCKET/….")
+    if separator and importlib.util.find_spec("gcsfs") is None:
+        raise ValueError(f"path '{name}' needs gcsfs, which isn't installed: pip install 'moe-jax[gcs]'.")
+    return epath.Path(name) if separator else Path(name)
+
+
+def is_remote(path: Any) -> bool:
+    """Whether a path is on object storage: an object appears whole, can't be appended to, and folders come for free."""
+    return "://" in str(path)
+
+
+def write_whole(path: AnyPath, text: str) -> None:
+    """Writes the file whole or not at all."""
+    if is_remote(path):
+        path.write_text(text)
+        return
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -1,0 +1,122 @@
+"""train.py in several processes that share a workdir, as hosts of a slice do; gloo carries what they exchange."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe import cli
+from tests import compiling
+
+REPOSITORY = Path(__file__).parents[1]
+STEPS = 40
+RUN = [
+    "--config=configs/digits.py",
+    "--config.model.width=32",
+    "--config.model.depth=2",
+    "--config.model.moe_every=1",
+    "--config.model.heads=2",
+    "--config.moe.expert_width=32",
+    "--config.moe.num_experts=8",
+    "--config.batch_size=64",
+    "--config.moe.group_size=8",
+    f"--config.steps={STEPS}",
+    "--config.log_every=1",
+    "--config.optimizer.warmup_steps=10",
+    "--config.checkpoint.every=0",
+]
+
+
+def start(
+    workdir: Path, count: int, devices: int, *overrides: str, program: str = "train.py"
+) -> list[subprocess.Popen]:
+    """So many processes of a program, with so many devices each."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    flags = " ".join([f"--xla_force_host_platform_device_count={devices}", *compiling.FLAGS])
+    shared = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONWARNINGS": "ignore"}
+    shared["TFDS_DATA_DIR"] = str(workdir.parent / "data")
+    processes = []
+    for index in range(count):
+        who = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
+        command = [sys.executable, program, f"--workdir={workdir}", *(RUN if program == "train.py" else []), *overrides]
+        environment = {**shared, **(who if count > 1 else {})}
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, **pipes))
+    return processes
+
+
+def finish(processes: list[subprocess.Popen], code: int = 0) -> list[str]:
+    """What each process printed, once all have ended with this exit code."""
+    ended = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [code] * len(processes), ended
+    return [out + err for out, err in ended]
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def wait_for_step(workdir: Path, step: int, processes: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + 240
+    while not (workdir / "metrics.jsonl").exists() or max(losses(workdir), default=0) < step:
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes), finish(processes)
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process with one device, undisturbed."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    finish(start(workdir, 1, 1))
+    return workdir
+
+
+@pytest.mark.parametrize(
+    ("count", "devices", "mesh"),
+    [
+        # Experts of both processes; a piece of every matrix in each of four, which then read the same examples.
+        (2, 2, ["--config.mesh.data=1", "--config.mesh.expert=4"]),
+        (4, 1, ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]),
+    ],
+)
+def test_stopped_on_several_processes_a_run_ends_on_one_as_if_undisturbed(
+    count: int, devices: int, mesh: list[str], alone: Path, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "run"
+    processes = start(workdir, count, devices, *mesh)
+    wait_for_step(workdir, 5, processes)
+    # Notice to one of them.
+    processes[-1].send_signal(signal.SIGTERM)
+    told = finish(processes, cli.STOPPED)
+    assert all("the same command goes on" in text for text in told)
+    assert sum("step 5/40" in text for text in told) == 1
+    (stopped,) = (int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
+    assert 5 <= stopped < STEPS
+    assert max(losses(workdir)) == stopped
+
+    (text,) = finish(start(workdir, 1, 4, "--config.mesh.fsdp=2", "--config.mesh.expert=2"))
+    assert f"resuming from step {stopped}" in text
+    actual, expected = losses(workdir), losses(alone)
+    assert list(actual) == list(expected) == list(range(1, STEPS + 1))
+    for step in expected:
+        assert actual[step] == pytest.approx(expected[step], rel=1e-4), step
+    results = [json.loads((run / "result.json").read_text()) for run in (workdir, alone)]
+    assert results[0]["test/loss"] == pytest.approx(results[1]["test/loss"], rel=1e-4)
+
+
+def test_evaluation_is_the_same_on_two_processes(alone: Path) -> None:
+    finish(start(alone, 2, 2, "--config.mesh.data=1", "--config.mesh.expert=4", program="evaluate.py"))
+    result, evaluation = (json.loads((alone / name).read_text()) for name in ("result.json", "evaluation.json"))
+    assert evaluation.pop("test/loss") == pytest.approx(result.pop("test/loss"), rel=1e-6)
+    assert evaluation == result
