@@ -85,7 +85,13 @@ def _split_abstract(x: jax.ShapeDtypeStruct) -> list[jax.ShapeDtypeStruct]:
 def _join(layers: list[jax.Array]) -> jax.Array:
     sharding: Any = layers[0].sharding
     whole = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
-    return jax.jit(lambda layers: jnp.stack(layers), out_shardings=whole)(layers)
+    return _joiner(whole)(layers)
+
+
+@functools.lru_cache(maxsize=64)
+def _joiner(sharding: NamedSharding) -> Any:
+    """The same function for the same layout, so that a save compiles nothing that an earlier one has."""
+    return jax.jit(lambda layers: jnp.stack(layers), out_shardings=sharding)
 
 
 def _of_layer(sharding: Any) -> NamedSharding:

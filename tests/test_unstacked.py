@@ -92,3 +92,19 @@ def test_a_scanned_model_stays_as_it_is() -> None:
     assert step.loop.enter(state) is state
     assert step.loop.leave(state) is state
     assert step.loop.abstract_state is step.abstract_state
+
+
+def test_only_the_first_save_compiles() -> None:
+    step, _ = step_of(CONFIG)
+    entered = step.loop.enter(step.init(jax.random.key(0)))
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    )
+    jax.clear_caches()
+    step.loop.leave(entered)
+    assert compiled
+    compiled.clear()
+    step.loop.leave(entered)
+    step.loop.leave(entered.variables)
+    assert compiled == []

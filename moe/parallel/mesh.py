@@ -118,8 +118,12 @@ def to_global(local: np.ndarray, mesh: Mesh) -> jax.Array:
 
 def _local_blocks(mesh: Mesh) -> list[int]:
     """Which of the batch's pieces, in order, lie on this process's devices."""
-    here = np.vectorize(lambda device: device.process_index == jax.process_index())(mesh.devices)
+    here = np.vectorize(_is_here)(mesh.devices)
     return np.flatnonzero(here.reshape(batch_shards(mesh), -1).any(axis=1)).tolist()
+
+
+def _is_here(device: jax.Device) -> bool:
+    return device.process_index == jax.process_index()
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
