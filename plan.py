@@ -13,7 +13,6 @@ import functools
 import importlib.metadata
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from moe import cli
+from moe import cli, compiler
 from moe import config as config_lib
 from moe.config import Config
 from moe.models import make_model
@@ -95,13 +94,9 @@ def compile_step(step: Step) -> dict[str, Any]:
     lowered = step.loop.train.trace(step.loop.abstract_state, step.abstract_batch).lower(lowering_platforms=("tpu",))
     begin = time.monotonic()
     try:
-        compiled = lowered.compile(step.compiler_options)
-    except jax.errors.JaxRuntimeError as error:
-        sizes = re.search(r"required.*?\(([\d.]+)([KMGT])\) exceeds available HBM", str(error))
-        if sizes is None:
-            raise
-        peak = float(sizes[1]) * 1024 ** ("KMGT".index(sizes[2]) + 1)
-        return {"hlo": None, "hbm/peak_bytes": peak, "compile_seconds": time.monotonic() - begin}
+        compiled = compiler.compile_step(lowered, step.compiler_options)
+    except compiler.TooLarge as error:
+        return {"hlo": None, "hbm/peak_bytes": error.needed, "compile_seconds": time.monotonic() - begin}
     memory = compiled.memory_analysis()
     return {
         "hlo": compiled.as_text(),

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from moe import cli
 from moe import config as config_lib
 from moe.checkpoint import Checkpoints, complete_steps
-from moe.compiler import compiler_options, keep_programs
+from moe.compiler import compile_step, compiler_options, keep_programs
 from moe.config import Config
 from moe.files import AnyPath, open_path
 from moe.initial import Initial, describe, load_initial, plan_initial
@@ -237,7 +237,8 @@ def train(
     hosts.say(*(f"{name}: {value}" for name, value in facts.items()))
     if notice := caution(config.model, config.moe, config.router):
         hosts.say(notice)
-    train_step = lowered.compile(step.compiler_options)
+    with cli.usage_errors():
+        train_step = compile_step(lowered, step.compiler_options)
 
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     state = begin(config, step, checkpoints, examples, initial)

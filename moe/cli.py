@@ -10,6 +10,7 @@ from typing import NoReturn
 from absl import logging as absl_logging
 
 from moe.checkpoint import CheckpointError
+from moe.compiler import TooLarge
 from moe.routers import ROUTERS
 
 # A run that has been told to stop and has saved: the same command goes on (EX_TEMPFAIL of sysexits.h).
@@ -83,6 +84,8 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         code, message = USAGE, str(error)
     except (Failure, CheckpointError) as error:
         code, message = FAILURE, str(error)
+    except TooLarge as error:
+        code, message = FAILURE, f"{error}: plan.py says beforehand what fits, and what would help."
     except Stopped as stop:
         code, message = STOPPED, str(stop)
     except OSError as error:

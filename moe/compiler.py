@@ -1,6 +1,7 @@
 """How the training step is compiled: options by device, presets of such options, and a cache of compiled programs."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -78,6 +79,31 @@ def compiler_options(config: CompilerConfig, device: Any) -> dict[str, Any]:
     if config.preset == "overlap" and device.platform == "tpu":
         options |= OVERLAP[device.device_kind].options
     return options | {name: value for name, _, value in (option.partition("=") for option in config.options)}
+
+
+class TooLarge(Exception):
+    """A program doesn't fit in a device's memory. needed: bytes that it takes there."""
+
+    def __init__(self, needed: float, message: str) -> None:
+        super().__init__(message)
+        self.needed = needed
+
+
+def compile_step(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> Any:
+    """Compiles a training step. Raises ValueError for an option that the compiler doesn't know or like, TooLarge."""
+    try:
+        return lowered.compile(dict(options))
+    except jax.errors.JaxRuntimeError as error:
+        message = " ".join(str(error).split())
+        if re.search(r"compile option|setting option|FAILED_PRECONDITION", message):
+            raise ValueError(f"compiler.options or compiler.preset: {message[:300]}") from error
+        sizes = re.search(r"required.*?\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)
+        if sizes is None:
+            raise
+        needed = float(sizes[1]) * 1024 ** ("KMGT".index(sizes[2]) + 1)
+        raise TooLarge(
+            needed, f"the training step needs {sizes[1]}{sizes[2]} of the {sizes[3]} that a device has"
+        ) from error
 
 
 def keep_programs(config: CompilerConfig) -> None:

@@ -1,12 +1,13 @@
 """Options of the compiler by device, and that libtpu knows those of the presets."""
 
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from moe.compiler import OVERLAP, CompilerConfig, compiler_options
+from moe.compiler import OVERLAP, CompilerConfig, TooLarge, compile_step, compiler_options
 from moe.plan import program
 from moe.plan.chips import CHIPS, parse_slice, peak_flops
 
@@ -62,3 +63,27 @@ def test_libtpu_knows_every_option(name: str, monkeypatch: pytest.MonkeyPatch) -
     lowered.compile(options)
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_tpu_no_such_option"):
         lowered.compile({"xla_tpu_no_such_option": True})
+
+
+def refused(message: str) -> mock.Mock:
+    """A program of which XLA says so when it is compiled."""
+    return mock.Mock(spec=jax.stages.Lowered, compile=mock.Mock(side_effect=jax.errors.JaxRuntimeError(message)))
+
+
+def test_a_program_that_does_not_fit_says_by_how_much() -> None:
+    message = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error.\nUsed: total memory required (86.40G) exceeds available"
+    )
+    with pytest.raises(TooLarge, match=r"^the training step needs 86\.40G of the 15\.75G that a device has$") as caught:
+        compile_step(refused(message), {})
+    assert caught.value.needed == 86.40 * 2**30
+
+
+def test_an_option_that_the_compiler_refuses_is_named() -> None:
+    lowered = jax.jit(lambda x: x + 1).lower(jnp.zeros(3))
+    with pytest.raises(ValueError, match=r"^compiler\.options or compiler\.preset: .*'xla_no_such'"):
+        compile_step(lowered, {"xla_no_such": "1"})
+    with pytest.raises(ValueError, match="xla_cpu_scheduler_type"):
+        compile_step(lowered, {"xla_cpu_scheduler_type": "X"})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        compile_step(refused("INTERNAL: something else"), {})
