@@ -72,7 +72,7 @@ def refused(message: str) -> mock.Mock:
 
 def test_a_program_that_does_not_fit_says_by_how_much() -> None:
     message = (
-        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error.\nUsed: total memory required (86.40G) exceeds available"
+        "RESOURCE_EXHAUSTED: permanent error.\nUsed: total memory required (86.40G) exceeds available HBM (15.75G)"
     )
     with pytest.raises(TooLarge, match=r"^the training step needs 86\.40G of the 15\.75G that a device has$") as caught:
         compile_step(refused(message), {})
