@@ -60,11 +60,17 @@ def transfers(hlo: str, mesh: Mapping[str, int], branch: Branch = max) -> list[T
 
 def _collectives(hlo: str, mesh: Mapping[str, int]) -> Iterator[tuple[str, tuple[str, tuple[str, ...], float]]]:
     """Name, and kind, axes and bytes of the largest array, of every collective; a reduce-scatter is a fusion around an
-    all-reduce.
+    all-reduce. What goes between slices is handed to the hosts, by a `send`, and comes back, by a `recv`.
     """
     parts = computations(hlo)
     for part in parts.values():
         for each in part:
+            between = re.search(r'_xla_megascale_transfer_type="(\w+)"', each.text)
+            if between and each.operation == "recv":
+                kind = between[1].lower().replace("_", "-")
+                kind = kind if kind in _RECEIVED else "collective-permute"
+                yield each.name, (kind, ("dcn",), max(array_bytes(_result(each.text))))
+                continue
             scatter = re.search(r"calls=%(all-reduce-scatter[^,\s)]*)", each.text)
             inner = next(one for one in parts[scatter[1]] if one.operation == "all-reduce") if scatter else each
             kind = "reduce-scatter" if scatter else each.operation.removesuffix("-start")

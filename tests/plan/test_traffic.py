@@ -147,3 +147,25 @@ def test_bytes_are_those_of_the_parts_that_are_touched() -> None:
     # A row read and written, and an index; a row read and put in its place, and an index; two whole arrays; of what
     # overlaps with a collective its own part alone.
     assert traffic.moved_bytes(head + through + body) == (16 + 16 + 4) + (16 + 16 + 4) + 2 * 1600 + 2 * 20
+
+
+BETWEEN = """HloModule m
+
+ENTRY %main (x: f32[3]) -> f32[3] {
+  %x = f32[8,128]{1,0} parameter(0)
+  %after = token[] after-all()
+  %send = (f32[8,128]{1,0}, u32[], token[]) send(%x, %after), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[8,128]{1,0}, u32[], token[]) recv(%after), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv-done = (f32[8,128]{1,0}, token[]) recv-done(%recv), channel_id=2, is_host_transfer=true
+  %other = (bf16[8]{0}, u32[], token[]) recv(%after), channel_id=4, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ONE_TO_ONE"}
+}
+"""  # noqa: E501
+
+
+def test_what_goes_between_slices_is_counted_where_it_arrives() -> None:
+    found = traffic.transfers(BETWEEN, {"dcn": 4, "data": 2})
+    assert [(one.kind, one.axes, one.devices, one.times) for one in found] == [
+        ("all-reduce", ("dcn",), 4, 1.0),
+        ("collective-permute", ("dcn",), 4, 1.0),
+    ]
+    assert [one.bytes for one in found] == [2 * 3 / 4 * 8 * 128 * 4, 8 * 2]
