@@ -27,7 +27,7 @@ from moe import cli, compiler
 from moe import config as config_lib
 from moe.config import Config
 from moe.models import make_model
-from moe.parallel.mesh import make_mesh, mesh_shape
+from moe.parallel.mesh import batch_shards, make_mesh, mesh_shape
 from moe.plan import analytic, estimate, program, search, traffic
 from moe.plan.chips import GIB, Slice, parse_slice
 from moe.plan.page import page, ranking
@@ -52,11 +52,12 @@ def plan(config: Config, slice_: Slice) -> dict[str, Any]:
         "libtpu": importlib.metadata.version("libtpu"),
         "source": slice_.chip.source,
         "experts_per_device": config.moe.num_experts // mesh.shape["expert"],
+        # Of a grouped product; along `tensor` devices share the rows, and split the matrices.
         "rows_per_device": round(
             analytic.tokens_per_step(config)
             * analytic.experts_per_token(config)
             / config.accumulation_steps
-            / slice_.devices
+            / batch_shards(mesh)
         ),
         **{f"parameters/{name}": n for name, n in analytic.parameter_counts(config, state.variables).items()},
         "hbm/limit_bytes": slice_.chip.usable_bytes,

@@ -4,11 +4,11 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe.config import Config
 from moe.models import Variables
-from moe.parallel.mesh import BATCH_AXES, MeshConfig
+from moe.parallel.mesh import BATCH_AXES, MESH_AXES, MeshConfig, mesh_shape
 from moe.plan import analytic
 from moe.plan.chips import Slice
 
@@ -38,34 +38,74 @@ def meshes(config: Config, slice_: Slice) -> Iterator[MeshConfig]:
             yield MeshConfig(dcn=slice_.count, data=data, fsdp=fsdp, expert=expert, tensor=tensor)
 
 
-def rough_seconds(config: Config, mesh: MeshConfig, slice_: Slice, variables: Variables) -> float:
-    """A step's time by arithmetic, for the order of meshes alone: compute, or what is sent over all links of a chip.
+class _Rough(NamedTuple):
+    """What arithmetic says of a mesh: of a device, parameters that are computed with, in experts' matrices and in all
+    others, and tokens of a step.
+    """
 
-    Infinite where parameters, moments and a gradient don't fit. Sent: gradients once among those that have the same
-    piece of a parameter; by `fsdp` the parameters for each micro-batch, forward and backward, and their gradients; by
-    `expert` every choice, there and back, forward and backward; by `tensor` the sums of two products of each block.
+    experts: float
+    others: float
+    tokens: float
+    row_width: float
+
+    @classmethod
+    def of(cls, config: Config, mesh: MeshConfig, variables: Variables) -> "_Rough":
+        """row_width: entries that a token's choices have in one MoE layer, with room for uneven ones."""
+        counts, model = analytic.parameter_counts(config, variables), config.model
+        tokens = analytic.tokens_per_step(config) / (mesh.dcn * mesh.data * mesh.fsdp * mesh.expert)
+        room = min(config.moe.receive_factor, mesh.expert)
+        width = 2 * model.width + 3 * config.moe.expert_width / mesh.tensor
+        return cls(
+            counts["experts"] / mesh.tensor / mesh.expert,
+            (counts["all"] - counts["experts"]) / mesh.tensor,
+            tokens,
+            analytic.experts_per_token(config) * max(1.0, room) * width,
+        )
+
+
+def rough_bytes(config: Config, mesh: MeshConfig, variables: Variables) -> float:
+    """Memory of a device by arithmetic, to leave meshes out: state, kept inputs of blocks, one layer's work.
+
+    State: parameters, two moments, a gradient, and with micro-batches their sum, in float32. A layer: its matrices,
+    gathered, in both types, with their gradient; the rows of its choices, and their cotangents.
+    """
+    rough, model = _Rough.of(config, mesh, variables), config.model
+    parameters = rough.experts + rough.others
+    state = parameters / mesh.fsdp * (_STATE_BYTES + 4 * (config.accumulation_steps > 1))
+    tokens = rough.tokens / config.accumulation_steps
+    kept = tokens * model.depth * model.width * _width(config) * (1 if model.remat == "full" else 12)
+    return state + kept + parameters / model.depth * 10 + 2 * tokens * rough.row_width * _width(config)
+
+
+def rough_seconds(config: Config, mesh: MeshConfig, slice_: Slice, variables: Variables) -> float:
+    """A step's time by arithmetic, for the order of meshes alone: by compute, memory, or all links of a chip,
+    with a tenth of what doesn't bind, since nothing overlaps wholly.
+
+    Infinite where it doesn't fit. Sent: gradients once among those that have the same piece of a parameter; by `fsdp`
+    the parameters for each micro-batch, forward and backward, and their gradients; by `expert` every choice, there and
+    back, forward and backward; by `tensor` the sums of two products of each block. Memory: parameters some 26 bytes a
+    micro-batch, and entries of a token some 28 or 60 times, as plans of Mixtral and OLMoE have it.
     """
     chip, model = slice_.chip, config.model
-    counts = analytic.parameter_counts(config, variables)
-    # Of a device, but for fsdp: experts are also cut by their axis, everything else is copied along it.
-    experts = counts["experts"] / mesh.tensor / mesh.expert
-    others = (counts["all"] - counts["experts"]) / mesh.tensor
-    if (experts + others) / mesh.fsdp * _STATE_BYTES > chip.usable_bytes:
+    if rough_bytes(config, mesh, variables) > chip.usable_bytes:
         return math.inf
-    again, width = int(model.remat != "none"), 2 if model.dtype == "bfloat16" else 4
-    replicas = mesh.dcn * mesh.data
-    row = analytic.tokens_per_step(config) / (replicas * mesh.fsdp * mesh.expert) * model.width * width
+    rough = _Rough.of(config, mesh, variables)
+    again, replicas = int(model.remat != "none"), mesh.dcn * mesh.data
+    row = rough.tokens * model.width * _width(config)
     layers = (model.depth - model.dense_layers) // (model.moe_every or 1)
-    gathered = config.accumulation_steps * (3 + again) * 4
-    copies = experts * _others(replicas) + others * _others(replicas * mesh.expert)
+    copies = rough.experts * _others(replicas) + rough.others * _others(replicas * mesh.expert)
     sent = [
         2 * 4 * copies / mesh.fsdp,
-        gathered * (experts + others) * _others(mesh.fsdp),
+        config.accumulation_steps * (3 + again) * 4 * (rough.experts + rough.others) * _others(mesh.fsdp),
         (4 + 2 * again) * layers * row * analytic.experts_per_token(config) * _others(mesh.expert),
         2 * (4 + 2 * again) * model.depth * row * _others(mesh.tensor),
     ]
+    of_tokens = rough.tokens * _width(config) * (28 * layers * rough.row_width + 60 * model.depth * model.width)
+    moved = config.accumulation_steps * (rough.experts + rough.others) * 26 + of_tokens
     compute = analytic.active_flops(config, variables) / slice_.devices * (1 + again / 3) * chip.cores / chip.flops
-    return max(compute, sum(sent) * chip.cores / chip.links / chip.link_bandwidth)
+    links = sum(sent) * chip.cores / chip.links / chip.link_bandwidth
+    parts = (compute, links, moved * chip.cores / chip.hbm_bandwidth)
+    return 0.9 * max(parts) + 0.1 * sum(parts)
 
 
 def _others(n: int) -> float:
@@ -73,10 +113,15 @@ def _others(n: int) -> float:
     return (n - 1) / n
 
 
+def _width(config: Config) -> int:
+    """Bytes of an activation's entry."""
+    return 2 if config.model.dtype == "bfloat16" else 4
+
+
 def sweep(
     config: Config, slice_: Slice, variables: Variables, measure: Callable[[Config], Facts]
 ) -> list[tuple[MeshConfig, Facts]]:
-    """The plans of the most promising meshes, best first; those that don't fit stand last.
+    """The plans of the most promising meshes and of the config's own, best first; those that don't fit stand last.
 
     measure: the plan of a config. Raises ValueError where no mesh divides the slice.
     """
@@ -87,8 +132,17 @@ def sweep(
             f"{config.batch_size // config.accumulation_steps} examples, {config.moe.num_experts} experts and the "
             "model's widths: change batch_size or accumulation_steps."
         )
-    plans = [(mesh, measure(dataclasses.replace(config, mesh=mesh))) for mesh in found[:_COMPILED]]
+    chosen = found[:_COMPILED] + [mesh for mesh in found[_COMPILED:] if mesh == _filled(config.mesh, slice_)]
+    plans = [(mesh, measure(dataclasses.replace(config, mesh=mesh))) for mesh in chosen]
     return sorted(plans, key=lambda pair: (not pair[1]["fits"], pair[1].get("bound/step_seconds", math.inf)))
+
+
+def _filled(mesh: MeshConfig, slice_: Slice) -> MeshConfig | None:
+    """The mesh with its sizes on that slice, None where it isn't one there."""
+    try:
+        return MeshConfig(**dict(zip(MESH_AXES, mesh_shape(mesh, slice_.devices), strict=True)))
+    except ValueError:
+        return None
 
 
 def largest_batch(config: Config, mesh: Mapping[str, int], facts: Facts, measure: Callable[[Config], Facts]) -> int:

@@ -4,11 +4,15 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import pytest
 
+from moe import config as config_lib
 from moe.config import Config
+from moe.models import make_model
+from moe.parallel.mesh import MeshConfig
 from moe.plan import search
-from moe.plan.chips import parse_slice
+from moe.plan.chips import GIB, parse_slice
 from tests.plan.test_analytic import LM, variables_of
 
 CONFIG = dataclasses.replace(
@@ -73,3 +77,31 @@ def test_a_batch_that_no_mesh_divides_is_named() -> None:
     config = dataclasses.replace(CONFIG, batch_size=3)
     with pytest.raises(ValueError, match="no mesh of 16 devices divides a micro-batch of 3 examples"):
         search.sweep(config, SLICE, variables_of(config), lambda _: {})
+
+
+def test_the_configs_own_mesh_is_among_them() -> None:
+    """However little arithmetic thinks of it."""
+    variables = variables_of(CONFIG)
+    ranked = sorted(search.meshes(CONFIG, SLICE), key=lambda mesh: search.rough_seconds(CONFIG, mesh, SLICE, variables))
+    tried: list[MeshConfig] = []
+
+    def measure(config: Config) -> dict[str, Any]:
+        tried.append(config.mesh)
+        return {"bound/step_seconds": 1.0, "fits": True}
+
+    search.sweep(dataclasses.replace(CONFIG, mesh=ranked[-1]), SLICE, variables, measure)
+    assert tried == [*ranked[:3], ranked[-1]]
+
+
+def test_what_does_not_fit_is_left_out_by_arithmetic() -> None:
+    """Mixtral by pieces of matrices alone: 87 GiB of state on each device of v5p, and 17 GiB of kept inputs."""
+    config = config_lib.load_file("configs/mixtral_8x7b.py:v5p-128")
+    config_lib.override(config, ["accumulation_steps=8"])
+    mixtral = config_lib.resolve(config)
+    slice_ = parse_slice("v5p:4x4x4")
+    model = make_model(mixtral.model, mixtral.moe, mixtral.router)
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+    assert search.rough_seconds(mixtral, MeshConfig(data=8, tensor=8), slice_, variables) == math.inf
+    held = search.rough_bytes(mixtral, MeshConfig(data=8, tensor=8), variables) / GIB
+    assert 100 < held < 143
+    assert search.rough_seconds(mixtral, MeshConfig(data=1, fsdp=8, expert=8), slice_, variables) < 60
