@@ -35,19 +35,26 @@ RUN = [
 
 
 def start(
-    workdir: Path, count: int, devices: int, *overrides: str, program: str = "train.py"
+    workdir: Path | list[Path], count: int, devices: int, *overrides: str, program: str = "train.py"
 ) -> list[subprocess.Popen]:
-    """So many processes of a program, with so many devices each."""
+    """So many processes of a program, with so many devices each, and one workdir or one each."""
+    workdirs = workdir if isinstance(workdir, list) else [workdir] * count
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
     flags = " ".join([f"--xla_force_host_platform_device_count={devices}", *compiling.FLAGS])
     shared = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONWARNINGS": "ignore"}
-    shared["TFDS_DATA_DIR"] = str(workdir.parent / "data")
+    shared["TFDS_DATA_DIR"] = str(workdirs[0].parent / "data")
     processes = []
     for index in range(count):
         who = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
-        command = [sys.executable, program, f"--workdir={workdir}", *(RUN if program == "train.py" else []), *overrides]
+        command = [
+            sys.executable,
+            program,
+            f"--workdir={workdirs[index]}",
+            *(RUN if program == "train.py" else []),
+            *overrides,
+        ]
         environment = {**shared, **(who if count > 1 else {})}
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, **pipes))
@@ -120,3 +127,34 @@ def test_evaluation_is_the_same_on_two_processes(alone: Path) -> None:
     result, evaluation = (json.loads((alone / name).read_text()) for name in ("result.json", "evaluation.json"))
     assert evaluation.pop("test/loss") == pytest.approx(result.pop("test/loss"), rel=1e-6)
     assert evaluation == result
+
+
+def test_a_signal_costs_no_step_and_no_bit(alone: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    processes = start(workdir, 1, 1)
+    wait_for_step(workdir, 5, processes)
+    processes[0].send_signal(signal.SIGTERM)
+    (text,) = finish(processes, cli.STOPPED)
+    assert "told to stop: saved after step" in text
+    assert not (workdir / "result.json").exists()
+    finish(start(workdir, 1, 1))
+    assert (workdir / "result.json").read_text() == (alone / "result.json").read_text()
+    assert losses(workdir) == losses(alone)
+
+
+def test_a_workdir_that_is_not_shared_is_refused(tmp_path: Path) -> None:
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for text in finish(start(folders, 2, 1, "--config.mesh.data=2"), cli.FAILURE):
+        assert "isn't the same folder for the 2 processes of this run" in text
+
+
+def test_programs_are_compiled_once_where_they_are_kept(tmp_path: Path) -> None:
+    kept = tmp_path / "programs"
+    counts = []
+    for name in ("first", "second"):
+        finish(start(tmp_path / name, 1, 1, f"--config.compiler.cache={kept}", "--config.steps=11"))
+        counts.append(len(list(kept.glob("*-cache"))))
+    assert counts[0] > 0
+    assert counts[0] == counts[1]
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("first", "second")]
+    assert results[0] == results[1]

@@ -157,6 +157,16 @@ def test_between_slices_only_gradients_travel() -> None:
 
 
 @pytest.mark.tpu_aot
+def test_a_slice_of_512_devices_is_planned() -> None:
+    facts = facts_of("v5p:8x8x8", batch_size=512, mesh=MeshConfig(data=64, fsdp=2, expert=4))
+    assert facts["fits"]
+    assert facts["devices"] == 512
+    # The same work on each as on a slice of eight.
+    small = facts_of("v5p:2x2x2", batch_size=8, mesh=MeshConfig(data=1, fsdp=2, expert=4))
+    assert facts["flops/compiled"] == pytest.approx(small["flops/compiled"], rel=0.02)
+
+
+@pytest.mark.tpu_aot
 def test_what_does_not_fit_is_named_with_the_excess(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("libtpu", reason="libtpu is not installed: pip install 'moe-jax[tpu-aot]'")
     # Eight copies of the state of 2 B parameters.
