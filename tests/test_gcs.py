@@ -160,12 +160,12 @@ def test_checkpoints_move_to_another_mesh(server: GcsServer, folder: epath.Path)
 
 
 def test_a_save_that_is_cut_off_is_not_seen(server: GcsServer, folder: epath.Path) -> None:
-    """By a refusal while arrays are written, or by the end of the process before the last file says that it's whole."""
+    """By a refusal to write the arrays, or by the end of the process before the last file says that it's whole."""
     sharding = laid({"expert": 8}, "expert")
     checkpoints = Checkpoints(folder, keep=3)
     checkpoints.save(1, state(1, sharding), {})
     checkpoints.wait()
-    with server.failing(f"POST .*uploadType=media.*{folder.name}/2/", 403, count=10**9):
+    with server.failing(f"POST .*{folder.name}/2/state/manifest.ocdbt", 403, count=10**9):
         checkpoints.save(2, state(2, sharding), {})
         with pytest.raises(ValueError, match="the test wants 403 here"):
             checkpoints.wait()
