@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 CPU := JAX_PLATFORMS=cpu
 STAMP := $(VENV)/.installed
 
-.PHONY: setup train test lint types test-unit test-nightly test-parity test-browser test-tpu-aot clean
+.PHONY: setup train test lint types test-unit test-nightly test-parity test-browser test-tpu-aot test-clusters clean
 
 setup: $(STAMP)
 
@@ -30,7 +30,7 @@ types: setup
 	$(VENV)/bin/mypy
 
 test-unit: setup
-	$(CPU) $(PY) -m pytest -n 2 --dist worksteal -m 'not nightly and not parity and not browser and not tpu_aot'
+	$(CPU) $(PY) -m pytest -n 2 --dist worksteal -m 'not nightly and not parity and not browser and not tpu_aot and not clusters'
 
 test-nightly: setup
 	$(CPU) $(PY) -m pytest -n 2 --dist worksteal -m nightly
@@ -46,6 +46,13 @@ test-tpu-aot: setup
 	@if $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[tpu-aot]'; then \
 	  $(CPU) $(PY) -m pytest -m tpu_aot; \
 	else echo "test-tpu-aot: libtpu can't be installed here, so nothing was compiled for TPUs"; fi
+
+# What SkyPilot and Kubernetes say of the files in tpu_setup; in an environment of its own, because SkyPilot is heavy.
+test-clusters: setup
+	$(PYTHON) -m venv $(VENV)-clusters
+	@if $(VENV)-clusters/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,clusters]'; then \
+	  $(CPU) $(VENV)-clusters/bin/python -m pytest -m clusters tests/tpu_setup; \
+	else echo "test-clusters: the extra 'clusters' can't be installed here, so the files of tpu_setup were not validated"; fi
 
 # What needs a browser.
 test-browser: setup

@@ -29,6 +29,7 @@ from moe.config import Config
 from moe.models import make_model
 from moe.parallel.mesh import batch_shards, make_mesh, mesh_shape
 from moe.plan import analytic, estimate, program, search, traffic
+from moe.plan.activations import kept_bytes
 from moe.plan.chips import GIB, Slice, parse_slice
 from moe.plan.page import page, ranking
 from train import DEFAULT_CONFIG, Step, make_step
@@ -63,9 +64,13 @@ def plan(config: Config, slice_: Slice) -> dict[str, Any]:
         "hbm/limit_bytes": slice_.chip.usable_bytes,
         "hbm/parameters_bytes": analytic.device_bytes(state.variables),
         "hbm/optimizer_bytes": analytic.device_bytes(state.opt_state),
+        "hbm/activations_bytes": kept_bytes(config, state.variables, step.abstract_batch, mesh),
         "flops/active": analytic.active_flops(config, state.variables) / slice_.devices,
     }
     facts |= compile_step(step)
+    if "hbm/temporaries_bytes" in facts:
+        # What the compiler counts together.
+        facts["hbm/temporaries_bytes"] = max(0, facts["hbm/temporaries_bytes"] - facts["hbm/activations_bytes"])
     facts["fits"] = facts["hbm/peak_bytes"] <= facts["hbm/limit_bytes"]
     if (hlo := facts.pop("hlo")) is not None:
         facts |= costs(hlo, facts, mesh, slice_)
@@ -154,8 +159,9 @@ def faults(config: Config, facts: dict[str, Any]) -> Iterator[str]:
         )
     if rest > half and model.remat != "full":
         yield (
-            f"{rest / GIB:.2f} GiB are neither parameters nor moments, with model.remat = '{model.remat}': 'full' "
-            "keeps only each period's input for the backward pass."
+            f"{rest / GIB:.2f} GiB are neither parameters nor moments, and model.remat = '{model.remat}' keeps "
+            f"{facts['hbm/activations_bytes'] / GIB:.2f} of them for the backward pass: 'full' keeps little more than "
+            "each period's input."
         )
     elif rest > half:
         yield (

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 import plan
+import train
 from moe import cli
 from moe.config import Config
 from moe.data.text import TextConfig
 from moe.layers.moe import MoeConfig
 from moe.models import LmConfig
-from moe.parallel.mesh import MeshConfig
+from moe.parallel.mesh import MeshConfig, make_mesh
+from moe.plan.activations import kept_bytes
 from moe.plan.chips import GIB, parse_slice
 from moe.routers import Softmax
 
@@ -104,6 +106,24 @@ def test_a_dense_model_is_planned_as_counted_by_hand() -> None:
     assert {tuple(one["axes"]) for one in facts["collectives"]} == {("data",)}
     assert facts["fits"]
     assert facts["faults"] == []
+
+
+def kept(**model: Any) -> int:
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **model))
+    mesh = make_mesh(MeshConfig(data=4, expert=2))
+    step = train.make_step(config, mesh)
+    return kept_bytes(config, step.abstract_state.variables, step.abstract_batch, mesh)
+
+
+def test_activations_are_what_is_counted_by_hand() -> None:
+    """Another block keeps its input, in bfloat16; all that blocks share is the same."""
+    row = BATCH * LENGTH // 8 * D
+    assert kept(remat="full", depth=4) - kept(remat="full", depth=2) == 2 * row * 2
+    # Around them: the last norm has its input in float32 three times, and there is some of the vocabulary's loss.
+    around = kept(remat="full") - DEPTH * row * 2
+    assert 3 * row * 4 < around < 2 * 3 * row * 4
+    # Without it each of a token's choices has rows of its own, of which there are K, twice as wide as the input.
+    assert kept(remat="none") - around > DEPTH * row * 2 * (1 + 3 * K * F / D)
 
 
 @pytest.mark.tpu_aot

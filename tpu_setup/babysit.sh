@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# Brings a run to its end on slices that may be taken away: creates, sets up, launches, and does so again after each
+# preemption; train.py goes on from its newest checkpoint. In the end, however it comes, everything is deleted.
+#
+#   babysit.sh --type=v5e-16 --spot --workdir=gs://BUCKET/runs/NAME [--attempts=N] [--every=SECONDS] [--keep] -- --config=…
+#
+# --attempts: how often in a row it may start without a step more (5). --keep: leave the slice when the run is done.
+# Gives up at once where train.py says that its command or what it needs is wrong (exit codes 1 and 2).
+# Of all scripts: --project, --zone, --name (moe), --slices, --dry-run; defaults: MOE_PROJECT, MOE_ZONE, MOE_NAME, MOE_TYPE.
+
+. "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+parse type spot reserved direct runtime wait workdir attempts every keep -- "$@"
+need_workdir
+[ ${#rest[@]} -gt 0 ] || fail $USAGE "what is train.py to do? -- --config=configs/….py"
+
+common=("--name=${opt[name]}" "--project=${opt[project]}" "--zone=${opt[zone]}" "--slices=${opt[slices]}")
+[ -z "${opt[dry-run]}" ] || common+=(--dry-run)
+create=("--type=${opt[type]}" "--wait=${opt[wait]}" "--every=${opt[every]}")
+for flag in spot reserved direct; do [ -z "${opt[$flag]}" ] || create+=("--$flag"); done
+[ -z "${opt[runtime]}" ] || create+=("--runtime=${opt[runtime]}")
+
+# Whether the slice is one that this script made: another of the same name stays.
+ours=''
+clean_up() {
+  local code=$?
+  trap - EXIT INT TERM
+  if [ -n "$ours" ] && { [ -z "${opt[keep]}" ] || [ $code != 0 ]; }; then
+    "$here/delete.sh" "${common[@]}" || code=$FAILURE
+  fi
+  exit $code
+}
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+last_step() { # of metrics.jsonl, 0 where there is none
+  local line
+  line=$(gcloud storage cat "${opt[workdir]}/metrics.jsonl" 2>/dev/null | tail -n 1) || true
+  [[ $line =~ \"step\":\ *([0-9]+) ]] && printf '%s' "${BASH_REMATCH[1]}" || printf 0
+}
+
+is_there() { # every node READY
+  local node
+  for node in $(nodes); do [ "$(state_of_node READY "$node")" = READY ] || return 1; done
+}
+
+follow() { # prints the exit code of the run, or "lost" when a node is taken away
+  local code
+  while nap "${opt[every]}"; do
+    is_there || { printf lost; return; }
+    code=$("$here/status.sh" "${common[@]}") || code=running
+    [ "$code" = running ] || { printf '%s' "$code"; return; }
+  done
+}
+
+if [ -n "${opt[dry-run]}" ]; then
+  ours=yes
+  "$here/create.sh" "${create[@]}" "${common[@]}"
+  "$here/setup.sh" "${common[@]}"
+  "$here/launch.sh" "--workdir=${opt[workdir]}" "${common[@]}" -- "${rest[@]}"
+  is_there
+  "$here/status.sh" "${common[@]}"
+  exit 0
+fi
+
+tries=0 step=$(last_step)
+while :; do
+  "$here/create.sh" "${create[@]}" "${common[@]}"
+  ours=yes
+  if "$here/setup.sh" "${common[@]}" && "$here/launch.sh" "--workdir=${opt[workdir]}" "${common[@]}" -- "${rest[@]}"; then
+    outcome=$(follow)
+  else
+    outcome=lost
+  fi
+  now=$(last_step)
+  say "${opt[name]}: $outcome at step $now"
+  case $outcome in
+    "$DONE") exit 0 ;;
+    "$FAILURE" | "$USAGE")
+      if is_there; then
+        # shellcheck disable=SC2016
+        on_hosts 'tail -n 20 "$HOME/moe/run.log"' || true
+        fail "$outcome" "train.py ended with exit code $outcome, which a new start doesn't mend; its last lines stand above."
+      fi ;;
+  esac
+  if [ "$now" -gt "$step" ]; then tries=0 step=$now; else tries=$((tries + 1)); fi
+  [ $tries -lt "${opt[attempts]}" ] ||
+    fail $FAILURE "${opt[attempts]} starts in a row brought no step more than $step: see what watch.sh shows, or raise --attempts."
+  "$here/delete.sh" "${common[@]}"
+  ours=''
+done
