@@ -2,6 +2,9 @@
 
 import asyncio
 import contextlib
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +22,7 @@ from moe import config as config_lib
 from moe.checkpoint import CheckpointError, Checkpoints, complete_steps
 from moe.files import open_path
 from moe.workdir import open_workdir
+from tests import compiling
 from tests.gcs_server import GcsServer
 
 REPOSITORY = Path(__file__).parents[1]
@@ -160,12 +164,12 @@ def test_checkpoints_move_to_another_mesh(server: GcsServer, folder: epath.Path)
 
 
 def test_a_save_that_is_cut_off_is_not_seen(server: GcsServer, folder: epath.Path) -> None:
-    """By a refusal while arrays are written, or by the end of the process before the last file says that it's whole."""
+    """By a refusal to write the arrays, or by the end of the process before the last file says that it's whole."""
     sharding = laid({"expert": 8}, "expert")
     checkpoints = Checkpoints(folder, keep=3)
     checkpoints.save(1, state(1, sharding), {})
     checkpoints.wait()
-    with server.failing(f"POST .*uploadType=media.*{folder.name}/2/", 403, count=10**9):
+    with server.failing(f"POST .*{folder.name}/2/state/manifest.ocdbt", 403, count=10**9):
         checkpoints.save(2, state(2, sharding), {})
         with pytest.raises(ValueError, match="the test wants 403 here"):
             checkpoints.wait()
@@ -184,3 +188,64 @@ def test_a_save_that_is_cut_off_is_not_seen(server: GcsServer, folder: epath.Pat
     checkpoints.save(3, state(3, sharding), {})
     checkpoints.close()
     assert complete_steps(folder) == [1, 3]
+
+
+SMALL = [
+    "--config=configs/digits.py",
+    "--config.model.width=16",
+    "--config.model.depth=2",
+    "--config.model.moe_every=1",
+    "--config.model.patch_size=4",
+    "--config.model.heads=2",
+    "--config.moe.expert_width=16",
+    "--config.moe.num_experts=4",
+    "--config.batch_size=72",
+    "--config.moe.group_size=9",
+    "--config.log_every=2",
+    "--config.optimizer.warmup_steps=1",
+    "--config.checkpoint.every=3",
+]
+
+
+def run_on(server: GcsServer, data: Path, program: str, *args: str) -> subprocess.CompletedProcess[str]:
+    """A program in a process of its own, whose bucket is on the server."""
+    environment = {
+        **os.environ,
+        **server.environment(),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": " ".join(compiling.FLAGS),
+        "TFDS_DATA_DIR": str(data),
+    }
+    command = [sys.executable, program, *args]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def train_on(server: GcsServer, data: Path, *args: str) -> str:
+    """What train.py prints; it has to succeed."""
+    done = run_on(server, data, "train.py", *SMALL, "--workdir=gs://bucket/runs/digits", *args)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def read(server: GcsServer, name: str) -> str:
+    return server.buckets["bucket"][f"runs/digits/{name}"][0].decode()
+
+
+def test_a_run_on_a_bucket_goes_on_there_and_is_evaluated(server: GcsServer, tmp_path: Path) -> None:
+    assert "resuming" not in train_on(server, tmp_path, "--config.steps=4")
+    assert "resuming from step 4" in train_on(server, tmp_path, "--config.steps=8")
+    result = json.loads(read(server, "result.json"))
+    assert result["step"] == 8
+    assert json.loads(read(server, "config.json"))["steps"] == 8
+    lines = [json.loads(line) for line in read(server, "metrics.jsonl").splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 6, 8]
+    names = server.names("bucket", "runs/digits/")
+    assert len([name for name in names if "/tensorboard/events.out.tfevents." in name]) == 2
+    checkpoints = {name.split("/")[3] for name in names if name.startswith("runs/digits/checkpoints/")}
+    assert checkpoints == {"4", "6", "8"}
+    others = {name.split("/")[2] for name in names} - {"checkpoints", "tensorboard"}
+    assert others == {"config.json", "metrics.jsonl", "result.json"}
+
+    done = run_on(server, tmp_path, "evaluate.py", "--workdir=gs://bucket/runs/digits")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(read(server, "evaluation.json")) == pytest.approx(result)
