@@ -10,7 +10,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from moe import config as config_lib
-from moe.checkpoint import CheckpointError, Checkpoints
+from moe.checkpoint import CheckpointError, Checkpoints, complete_steps
 from moe.config import Config
 from moe.files import AnyPath, is_remote, write_whole
 from moe.models import Model, Variables, make_model
@@ -50,7 +50,7 @@ def open_workdir(workdir: AnyPath, config: ml_collections.ConfigDict) -> list[st
     """
     _check_writable(workdir)
     path = workdir / "config.json"
-    started = any((workdir / "checkpoints").glob("[0-9]*"))
+    started = bool(complete_steps(workdir / "checkpoints"))
     differences: list[str] = []
     if started:
         if not path.exists():
@@ -85,9 +85,9 @@ def _check_writable(workdir: AnyPath) -> None:
             with tempfile.TemporaryFile(dir=workdir):
                 pass
     except OSError as error:
-        raise OSError(
-            f"workdir {workdir} can't be written ({error.strerror or error}): choose another with --workdir."
-        ) from error
+        missing = is_remote(workdir) and isinstance(error, FileNotFoundError)
+        reason = "there is no such bucket" if missing else error.strerror or " ".join(str(error).split())
+        raise OSError(f"workdir {workdir} can't be written ({reason}): choose another with --workdir.") from error
 
 
 def read_config(workdir: AnyPath) -> ml_collections.ConfigDict:
