@@ -20,7 +20,7 @@ peak. Parameters, moments and gradients take 13.4 TB on all devices together.
 import ml_collections
 
 from configs.base.lm import get_lm
-from configs.base.slices import meshes
+from configs.base.slices import meshes, micro_batches
 
 MESHES = meshes(v5p_512=(32, 8, 1), v5p_1024=(32, 16, 1), v5p_2048=(32, 16, 2))
 
@@ -30,7 +30,6 @@ def get_config(preset: str = "v5p-1024") -> ml_collections.ConfigDict:
     config = get_lm()
     config.steps = 235_245
     config.batch_size = 15_360
-    config.accumulation_steps = 30
     config.model.update({
         "vocab_size": 129_280,
         "width": 7168,
@@ -53,4 +52,5 @@ def get_config(preset: str = "v5p-1024") -> ml_collections.ConfigDict:
     }
     config.optimizer.update({"learning_rate": 2.2e-4})
     config.mesh = dict(MESHES[preset])
+    config.accumulation_steps = micro_batches(config.batch_size, MESHES[preset])
     return config

@@ -19,16 +19,18 @@ its peak. Parameters, moments and gradients take 934 GB on all devices together.
 import ml_collections
 
 from configs.base.lm import get_lm
-from configs.base.slices import meshes
+from configs.base.slices import meshes, micro_batches
 
 MESHES = meshes(
-    v5e_128=(16, 8, 1),
-    v5e_256=(16, 8, 2),
+    v5e_128=(16, 1, 8),
+    v5e_256=(64, 1, 4),
     v5p_64=(4, 8, 1),
     v5p_128=(8, 8, 1),
-    v6e_64=(8, 8, 1),
-    v6e_256=(16, 8, 2),
+    v6e_64=(16, 1, 4),
+    v6e_256=(16, 1, 4),
 )
+# Of a device, in a micro-batch, where there is room for more than one.
+ROWS = {"v5p-128": 2, "v6e-256": 4}
 
 
 def get_config(preset: str = "v5p-128") -> ml_collections.ConfigDict:
@@ -51,4 +53,5 @@ def get_config(preset: str = "v5p-128") -> ml_collections.ConfigDict:
     config.router.softmax.update({"balance_weight": 0.02 * 2 / 32})
     config.optimizer.update({"learning_rate": 3e-4})
     config.mesh = dict(MESHES[preset])
+    config.accumulation_steps = micro_batches(config.batch_size, MESHES[preset], ROWS.get(preset, 1))
     return config

@@ -20,19 +20,21 @@ its peak. Parameters, moments and gradients take 138 GB on all devices together.
 import ml_collections
 
 from configs.base.lm import get_lm
-from configs.base.slices import meshes
+from configs.base.slices import meshes, micro_batches
 
 MESHES = meshes(
     v5e_16=(16, 1, 1),
-    v5e_64=(8, 8, 1),
-    v5e_256=(16, 8, 2),
+    v5e_64=(16, 1, 1),
+    v5e_256=(16, 1, 1),
     v5p_8=(4, 1, 1),
-    v5p_64=(4, 8, 1),
-    v5p_128=(4, 8, 1),
+    v5p_64=(4, 1, 1),
+    v5p_128=(4, 1, 1),
     v6e_16=(16, 1, 1),
-    v6e_64=(8, 8, 1),
-    v6e_256=(16, 8, 2),
+    v6e_64=(8, 1, 1),
+    v6e_256=(8, 1, 1),
 )
+# Of a device, in a micro-batch, where there is room for more than one.
+ROWS = {"v5p-8": 2, "v5p-64": 2, "v5p-128": 2}
 
 
 def get_config(preset: str = "v5p-64") -> ml_collections.ConfigDict:
@@ -54,4 +56,5 @@ def get_config(preset: str = "v5p-64") -> ml_collections.ConfigDict:
     config.router.softmax.update({"renormalize": False, "balance_weight": 0.01 / 16, "z_weight": 0.001 / (16 * 8)})
     config.optimizer.update({"learning_rate": 4e-4, "warmup_steps": 2500})
     config.mesh = dict(MESHES[preset])
+    config.accumulation_steps = micro_batches(config.batch_size, MESHES[preset], ROWS.get(preset, 1))
     return config

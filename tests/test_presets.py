@@ -58,6 +58,7 @@ def test_every_preset_fills_its_slice_and_leaves_room(name: str) -> None:
         sizes = dict(vars(config.mesh))
         meshes.append(config.mesh)
         assert math.prod(sizes.values()) == int(number) // (2 if kind == "v5p" else 1), preset
+        assert config.batch_size % config.accumulation_steps == 0, preset
         micro_batch = config.batch_size // config.accumulation_steps
         assert micro_batch % math.prod(sizes[axis] for axis in BATCH_AXES) == 0, preset
         assert group_count(micro_batch, config.moe.group_size) >= 1, preset
@@ -77,6 +78,15 @@ def test_an_unknown_preset_is_answered_with_those_there_are(tmp_path: Path) -> N
         config_lib.load_file(f"{CONFIGS / 'digits.py'}:v5p-64")
     with pytest.raises(ValueError, match=r"there is no config file .*none.py\.$"):
         config_lib.load_file(f"{tmp_path / 'none.py'}:v5p-64")
+
+
+def test_micro_batches_are_rows_of_devices() -> None:
+    mesh = {"dcn": 2, "data": 4, "fsdp": 8, "expert": 2, "tensor": 4}
+    assert slices.micro_batches(1024, mesh) == 8
+    assert slices.micro_batches(1024, mesh, rows=4) == 2
+    for rows in (3, 16):
+        with pytest.raises(ValueError, match=rf"micro-batches of {128 * rows} examples, {rows} a device, don't divide"):
+            slices.micro_batches(1024, mesh, rows)
 
 
 def test_a_shape_that_leaves_chips_over_is_refused() -> None:

@@ -7,7 +7,7 @@ from configs.base import parts
 
 def get_lm() -> ml_collections.ConfigDict:
     """A decoder of bfloat16 activations on C4 by a tokenizer of one's own, without a size, a router or a mesh."""
-    config = parts.new_config(batch_size=1024, accumulation_steps=8, log_every=10, evaluate_every=1000)
+    config = parts.new_config(batch_size=1024, log_every=10, evaluate_every=1000)
     config.data = {
         "name": "c4/en",
         "mixture": (),

@@ -29,3 +29,12 @@ def meshes(**shapes: tuple[int, int, int]) -> Mapping[str, Mapping[str, int]]:
             )
         table[name] = {"dcn": 1, "data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
     return table
+
+
+def micro_batches(batch_size: int, mesh: Mapping[str, int], rows: int = 1) -> int:
+    """The accumulation_steps with which a device has so many examples at a time; ValueError where that leaves some."""
+    at_once = rows * mesh["dcn"] * mesh["data"] * mesh["fsdp"] * mesh["expert"]
+    count, left = divmod(batch_size, at_once)
+    if left or not count:
+        raise ValueError(f"micro-batches of {at_once} examples, {rows} a device, don't divide a batch of {batch_size}.")
+    return count
