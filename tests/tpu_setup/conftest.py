@@ -1,10 +1,8 @@
 """A cloud of its own for each test, and the scripts run in it."""
 
-import functools
 import json
 import os
 import shlex
-import signal
 import stat
 import subprocess
 import sys
@@ -68,8 +66,9 @@ class World:
         command = [str(REPOSITORY / "tpu_setup" / script), *where, *arguments]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         # Where the tests themselves run in the background, SIGINT is ignored, and a shell can't undo that.
-        pipes["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        return subprocess.Popen(command, env={**self.environment, **environment}, **pipes)
+        return subprocess.Popen(
+            ["env", "--default-signal=INT", *command], env={**self.environment, **environment}, **pipes
+        )
 
     def run(self, script: str, *arguments: str, code: int = 0, **options: Any) -> str:
         """What the script prints, if it ends with this exit code."""
