@@ -134,6 +134,13 @@ def test_a_dense_fallback_is_named() -> None:
 
 
 @pytest.mark.tpu_aot
+def test_activations_that_are_kept_are_named() -> None:
+    facts = facts_of(model=dataclasses.replace(CONFIG.model, remat="none"), batch_size=256 * BATCH)
+    assert facts["hbm/activations_bytes"] > 0.5 * facts["hbm/limit_bytes"]
+    assert any("model.remat = 'none' keeps" in fault for fault in facts["faults"])
+
+
+@pytest.mark.tpu_aot
 @pytest.mark.parametrize(("topology", "kind"), [("v5e:4x4", "ragged-all-to-all"), ("v5e:4x8", "all-to-all")])
 def test_rows_travel_on_every_slice(topology: str, kind: str) -> None:
     """Beyond 16 chips of v5e the compiler has no ragged all-to-all."""
