@@ -24,6 +24,7 @@ from moe.files import open_path
 from moe.workdir import open_workdir
 from tests import compiling
 from tests.gcs_server import GcsServer
+from tests.test_programs import SMALL
 
 REPOSITORY = Path(__file__).parents[1]
 # aiohttp on bodies above a megabyte, which gcsfs sends as bytes. Only Python's own filter hides it outside of tests.
@@ -188,23 +189,6 @@ def test_a_save_that_is_cut_off_is_not_seen(server: GcsServer, folder: epath.Pat
     checkpoints.save(3, state(3, sharding), {})
     checkpoints.close()
     assert complete_steps(folder) == [1, 3]
-
-
-SMALL = [
-    "--config=configs/digits.py",
-    "--config.model.width=16",
-    "--config.model.depth=2",
-    "--config.model.moe_every=1",
-    "--config.model.patch_size=4",
-    "--config.model.heads=2",
-    "--config.moe.expert_width=16",
-    "--config.moe.num_experts=4",
-    "--config.batch_size=72",
-    "--config.moe.group_size=9",
-    "--config.log_every=2",
-    "--config.optimizer.warmup_steps=1",
-    "--config.checkpoint.every=3",
-]
 
 
 def run_on(server: GcsServer, data: Path, program: str, *args: str) -> subprocess.CompletedProcess[str]:

@@ -30,8 +30,24 @@ clean_up() {
   exit $code
 }
 trap clean_up EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
+trap 'end 130' INT
+trap 'end 143' TERM
+
+# A step of the way runs beside this shell, which otherwise wouldn't hear a signal before it has ended.
+child=''
+step() { # SCRIPT ARGUMENTS…
+  local code=0
+  "$here/$1" "${@:2}" &
+  child=$!
+  wait "$child" || code=$?
+  child=''
+  return $code
+}
+
+end() { # CODE
+  [ -z "$child" ] || { kill -TERM "$child" 2> /dev/null && wait "$child"; } || true
+  exit "$1"
+}
 
 last_step() { # of metrics.jsonl, 0 where there is none
   local line
@@ -39,17 +55,19 @@ last_step() { # of metrics.jsonl, 0 where there is none
   [[ $line =~ \"step\":\ *([0-9]+) ]] && printf '%s' "${BASH_REMATCH[1]}" || printf 0
 }
 
-is_there() { # every node READY
-  local node
-  for node in $(nodes); do [ "$(state_of_node READY "$node")" = READY ] || return 1; done
+is_there() { # no node is known to be gone; where gcloud can't tell, the next look will
+  local node state
+  for node in $(nodes); do
+    state=$(state_of_node READY "$node") || continue
+    [ "$state" = READY ] || return 1
+  done
 }
 
-follow() { # prints the exit code of the run, or "lost" when a node is taken away
-  local code
-  while nap "${opt[every]}"; do
-    is_there || { printf lost; return; }
-    code=$("$here/status.sh" "${common[@]}") || code=running
-    [ "$code" = running ] || { printf '%s' "$code"; return; }
+follow() { # sets outcome to the exit code of the run, or to "lost" when a node is taken away
+  outcome=running
+  while [ "$outcome" = running ]; do
+    nap "${opt[every]}"
+    if is_there; then outcome=$("$here/status.sh" "${common[@]}") || outcome=running; else outcome=lost; fi
   done
 }
 
@@ -63,12 +81,12 @@ if [ -n "${opt[dry-run]}" ]; then
   exit 0
 fi
 
-tries=0 step=$(last_step)
+tries=0 reached=$(last_step)
 while :; do
-  "$here/create.sh" "${create[@]}" "${common[@]}"
+  step create.sh "${create[@]}" "${common[@]}"
   ours=yes
-  if "$here/setup.sh" "${common[@]}" && "$here/launch.sh" "--workdir=${opt[workdir]}" "${common[@]}" -- "${rest[@]}"; then
-    outcome=$(follow)
+  if step setup.sh "${common[@]}" && step launch.sh "--workdir=${opt[workdir]}" "${common[@]}" -- "${rest[@]}"; then
+    follow
   else
     outcome=lost
   fi
@@ -83,9 +101,9 @@ while :; do
         fail "$outcome" "train.py ended with exit code $outcome, which a new start doesn't mend; its last lines stand above."
       fi ;;
   esac
-  if [ "$now" -gt "$step" ]; then tries=0 step=$now; else tries=$((tries + 1)); fi
+  if [ "$now" -gt "$reached" ]; then tries=0 reached=$now; else tries=$((tries + 1)); fi
   [ $tries -lt "${opt[attempts]}" ] ||
-    fail $FAILURE "${opt[attempts]} starts in a row brought no step more than $step: see what watch.sh shows, or raise --attempts."
+    fail $FAILURE "${opt[attempts]} starts in a row brought no step more than $reached: see what watch.sh shows, or raise --attempts."
   "$here/delete.sh" "${common[@]}"
   ours=''
 done

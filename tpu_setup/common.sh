@@ -140,6 +140,18 @@ ask_hosts() { # ANSWER SCRIPT; what all hosts print
   for node in $(nodes); do ask_tpu "$1" tpu-vm ssh "$node" --worker=all --command="$2"; done
 }
 
-state_of_request() { ask_tpu "$1" queued-resources describe "${opt[name]}" '--format=value(state.state)'; }
+state_of() { # ANSWER KIND NAME FIELD; ABSENT where there is none; fails, and says why, where gcloud can't tell
+  local words said why
+  mapfile -d '' -t words < <(tpu "$2" describe "$3" "--format=value($4)")
+  if [ -n "${opt[dry-run]}" ]; then show "${words[@]}"; printf '%s' "$1"; return; fi
+  if said=$("${words[@]}" 2> /dev/null); then printf '%s' "$said"; return; fi
+  why=$("${words[@]}" 2>&1 > /dev/null) || true
+  case $why in
+    *NOT_FOUND* | *'not found'*) printf ABSENT ;;
+    *) printf '%s: gcloud says: %s\n' "$(basename -- "$0")" "$(tr '\n' ' ' <<< "$why")" >&2; return 1 ;;
+  esac
+}
 
-state_of_node() { ask_tpu "$1" tpu-vm describe "$2" '--format=value(state)'; } # ANSWER NODE
+state_of_request() { state_of "$1" queued-resources "${opt[name]}" state.state; } # ANSWER
+
+state_of_node() { state_of "$1" tpu-vm "$2" state; } # ANSWER NODE

@@ -8,22 +8,27 @@
 . "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 parse -- "$@"
 
-left() { # ANSWER; what there still is of this name
-  local node
-  [ -z "$(state_of_request "$1")" ] || printf 'queued resource %s\n' "${opt[name]}"
-  for node in $(nodes); do [ -z "$(state_of_node "$1" "$node")" ] || printf 'TPU VM %s\n' "$node"; done
-}
-
+unsure="gcloud can't say what is there: nothing of ${opt[name]} may be deleted, and it may be billed; try again."
 for attempt in 1 2 3; do
+  found=()
   # The request first, with its nodes; a node that is left, or was made without one, by itself.
-  [ -z "$(state_of_request ACTIVE)" ] || call_tpu queued-resources delete "${opt[name]}" --force --quiet || true
+  state=$(state_of_request ACTIVE) || fail $FAILURE "$unsure"
+  if [ "$state" != ABSENT ]; then
+    found+=("queued resource ${opt[name]}")
+    call_tpu queued-resources delete "${opt[name]}" --force --quiet || true
+  fi
   for node in $(nodes); do
-    [ -z "$(state_of_node READY "$node")" ] || call_tpu tpu-vm delete "$node" --quiet || true
+    state=$(state_of_node READY "$node") || fail $FAILURE "$unsure"
+    if [ "$state" != ABSENT ]; then
+      found+=("TPU VM $node")
+      call_tpu tpu-vm delete "$node" --quiet || true
+    fi
   done
-  found=$(left '')
-  [ -n "$found" ] || break
-  nap $((attempt * 5))
+  if [ -n "${opt[dry-run]}" ]; then exit 0; fi
+  if [ ${#found[@]} = 0 ]; then
+    say "nothing is left of ${opt[name]} in ${opt[zone]}"
+    exit 0
+  fi
+  [ "$attempt" = 1 ] || nap $((attempt * 5))
 done
-[ -z "$found" ] ||
-  fail $FAILURE "there is still, and may be billed, in ${opt[project]}, ${opt[zone]}: $(paste -sd, - <<<"$found"); delete it in the console."
-[ -n "${opt[dry-run]}" ] || say "nothing is left of ${opt[name]} in ${opt[zone]}"
+fail $FAILURE "there is still, and may be billed, in ${opt[project]}, ${opt[zone]}: ${found[*]}; delete it in the console."

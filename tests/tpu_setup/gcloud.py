@@ -74,9 +74,12 @@ class Cloud:
         self._file.write_text(json.dumps(state))
 
     def hosts(self, node: str) -> list[Path]:
+        return [self.folder / "hosts" / f"{node}-w{index}" for index in range(HOSTS)]
+
+    def reach(self, node: str) -> list[Path]:
         if self.nodes.get(node) != "READY" or node in self.scenario.get("unreachable", []):
             raise Refused(f"ERROR: (gcloud.compute.tpus.tpu-vm.ssh) {node} can't be reached")
-        return [self.folder / "hosts" / f"{node}-w{index}" for index in range(HOSTS)]
+        return self.hosts(node)
 
     def add_node(self, name: str) -> None:
         self.nodes[name] = "READY"
@@ -84,7 +87,7 @@ class Cloud:
             host.mkdir(parents=True, exist_ok=True)
 
     def remove_node(self, name: str) -> None:
-        for host in self.hosts(name) if self.nodes[name] == "READY" else []:
+        for host in self.hosts(name):
             kill(host)
         del self.nodes[name]
 
@@ -188,7 +191,7 @@ def _node(cloud: Cloud, verb: str, names: list[str], flags: dict[str, str]) -> s
                 request["states"] = ["SUSPENDED"]
         return cloud.nodes[name]
     if verb == "scp":
-        for host in cloud.hosts(name):
+        for host in cloud.reach(name):
             (host / names[-1].partition(":")[2]).write_bytes(Path(names[0]).read_bytes())
     if verb == "ssh":
         return _ssh(cloud, name, flags["command"])
@@ -198,7 +201,7 @@ def _node(cloud: Cloud, verb: str, names: list[str], flags: dict[str, str]) -> s
 def _ssh(cloud: Cloud, node: str, command: str) -> str:
     said, code = "", 0
     cloud.save()
-    for host in cloud.hosts(node):
+    for host in cloud.reach(node):
         environment = {**os.environ, "HOME": str(host), "PATH": f"{cloud.folder / 'bin'}:{os.environ['PATH']}"}
         environment["BUCKET"] = str(cloud.folder / "bucket")
         done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)

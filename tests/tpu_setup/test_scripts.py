@@ -117,6 +117,14 @@ def test_the_babysitter_gives_up_where_nothing_moves(world: World) -> None:
     assert world.left() == {}
 
 
+def test_hosts_that_cannot_be_set_up_count_as_a_start(world: World) -> None:
+    world.scenario(unreachable=["moe"])
+    said = world.run("babysit.sh", "--type=v5e-16", *RUN, "--attempts=2", "--", "--config=c.py", code=1)
+    assert said.count("moe can't be reached by ssh") == 2
+    assert "2 starts in a row brought no step more than 0" in said
+    assert world.left() == {}
+
+
 def test_the_babysitter_leaves_what_another_made(world: World) -> None:
     world.run("create.sh", "--type=v5e-8", "--every=0")
     before = world.left()
@@ -166,6 +174,34 @@ def test_a_refusal_is_one_sentence(way: str, message: str, sentence: str, world:
     said = world.run("create.sh", "--type=v5e-16", *(["--direct"] if way == "tpu-vm" else []), code=1)
     assert sum(line.startswith("create.sh: ") for line in said.splitlines()) == 1
     assert f"create.sh: {sentence}" in said
+
+
+def test_where_gcloud_cannot_tell_nothing_is_said_to_be_gone(world: World) -> None:
+    world.run("create.sh", "--type=v5e-8", "--direct")
+    before = world.left()
+    world.scenario(refuse={"compute tpus queued-resources describe": "ERROR: You do not have an active account"})
+    said = world.run("delete.sh", code=1)
+    assert "gcloud says: ERROR: You do not have an active account" in said
+    assert "gcloud can't say what is there" in said
+    assert world.left() == before
+    world.scenario()
+    assert "nothing is left" in world.run("delete.sh")
+
+
+def test_the_babysitter_keeps_what_it_cannot_see(world: World) -> None:
+    world.plan(steps=6, hold_at=3)
+    process = world.start("babysit.sh", "--type=v5e-8", *RUN, "--every=1", "--", "--config=c.py")
+    metrics = world.folder / "bucket" / "b" / "runs" / "x" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) == 2)
+    world.scenario(refuse={"compute tpus tpu-vm describe": "ERROR: network is unreachable"})
+    count = len(world.calls())
+    wait_until(lambda: len(world.calls()) > count + 4)
+    world.scenario()
+    assert sum("create" in call for call in world.calls()) == 1
+    assert not any("delete" in call for call in world.calls())
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert world.left() == {}
 
 
 def test_hosts_that_do_not_answer_are_named(world: World) -> None:
