@@ -92,9 +92,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("count", "devices", "mesh"),
     [
-        # Experts of both processes; a piece of every matrix in each of four, which then read the same examples.
+        # Experts in every process; with a piece of each matrix in two, which then read the same examples.
         (2, 2, ["--config.mesh.data=1", "--config.mesh.expert=4"]),
-        (4, 1, ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]),
+        (4, 1, ["--config.mesh.data=1", "--config.mesh.expert=2", "--config.mesh.tensor=2"]),
     ],
 )
 def test_stopped_on_several_processes_a_run_ends_on_one_as_if_undisturbed(
