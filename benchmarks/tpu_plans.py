@@ -55,8 +55,8 @@ CASES = {
         Case("mixtral_v6e256", "mixtral_8x7b.py:v6e-256", "v6e:16x16", 4, 0.352),
         Case("mixtral_v5e256", "mixtral_8x7b.py:v5e-256", "v5e:16x16", 4),
         Case("olmoe_v5p64", "olmoe_1b_7b.py:v5p-128", "v5p:4x4x4", 8),
-        Case("olmoe_v6e256", "olmoe_1b_7b.py:v6e-256", "v6e:16x16", 4),
-        Case("olmoe_v5e256", "olmoe_1b_7b.py:v5e-256", "v5e:16x16", 4),
+        Case("olmoe_v6e256", "olmoe_1b_7b.py:v6e-256", "v6e:16x16", 1),
+        Case("olmoe_v5e256", "olmoe_1b_7b.py:v5e-256", "v5e:16x16", 1),
     )
 }
 

@@ -23,14 +23,14 @@ from configs.base.slices import meshes, micro_batches
 
 MESHES = meshes(
     v5e_128=(16, 1, 8),
-    v5e_256=(64, 1, 4),
+    v5e_256=(128, 1, 2),
     v5p_64=(4, 8, 1),
     v5p_128=(8, 8, 1),
     v6e_64=(16, 1, 4),
     v6e_256=(16, 1, 4),
 )
 # Of a device, in a micro-batch, where there is room for more than one.
-ROWS = {"v5p-128": 2, "v6e-256": 4}
+ROWS = {"v5e-256": 2, "v5p-128": 2, "v6e-256": 4}
 
 
 def get_config(preset: str = "v5p-128") -> ml_collections.ConfigDict:
