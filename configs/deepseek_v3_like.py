@@ -4,7 +4,8 @@
     python train.py --config=configs/deepseek_v3_like.py:v5p-1024 --workdir=runs/deepseek --config.data.data_dir=DIR \
         --config.data.tokenizer.path=DIR/tokenizer.json
 
-MESHES has the slices that may stand behind the colon; without one it is v5p-1024.
+MESHES has the slices that may stand behind the colon; without one it is v5p-1024. Their meshes fit
+by arithmetic; plan.py hasn't compiled them.
 
 It has not been run here. The published part: widths, three dense layers before the others, sigmoid router with a bias
 that adapts outside the gradient, experts chosen within 4 of 8 groups, routed weights that sum to 2.5, a shared expert,

@@ -4,8 +4,10 @@
     python train.py --config=configs/mixtral_8x7b.py:v5p-128 --workdir=runs/mixtral --config.data.data_dir=DIR \
         --config.data.tokenizer.kind=sentencepiece --config.data.tokenizer.path=DIR/tokenizer.model
 
-MESHES has the slices that may stand behind the colon; without one it is v5p-128. To go on from the published weights:
---config.init_from=FOLDER.
+MESHES has the slices that may stand behind the colon; without one it is v5p-128. plan.py has compiled v5p-64 (43.1 of
+95.7 GiB), v5p-128 (29.8), v5e-256 (10.9 of 15.7) and v6e-256 (22.2 of 31.2); v5e-128 and v6e-64 fit by arithmetic.
+
+To go on from the published weights: --config.init_from=FOLDER.
 
 It has not been run here. The model is the published one, and so is the weight of the balance loss, which transformers
 takes over all layers together, 2 at balance, where ours add up over layers, each 1 at balance. How Mixtral was trained

@@ -4,8 +4,9 @@
     python train.py --config=configs/olmoe_1b_7b.py:v5p-64 --workdir=runs/olmoe --config.data.data_dir=DIR \
         --config.data.tokenizer.path=DIR/tokenizer.json
 
-MESHES has the slices that may stand behind the colon; without one it is v5p-64. tokenizer.json is that of the published
-model, whose 50 280 tokens leave the rest of the vocabulary unused.
+MESHES has the slices that may stand behind the colon; without one it is v5p-64. plan.py has compiled v5e-16 (12.1 of
+15.7 GiB), v5p-128 (39.0 of 95.7) and v6e-256 (9.6 of 31.2); on the others of a kind a chip has as many rows,
+and at most twice the parameters. tokenizer.json is that of the published model, whose 50 280 tokens leave the rest of the vocabulary unused.
 
 It has not been run here. Sizes, batch, optimizer and losses are the published ones: 1 024 rows of 4 096 tokens, 5.0 T
 tokens before the annealing. Its losses are means over layers, and its z loss is divided by k as well (MegaBlocks); ours
@@ -25,16 +26,16 @@ from configs.base.slices import meshes, micro_batches
 MESHES = meshes(
     v5e_16=(16, 1, 1),
     v5e_64=(16, 1, 1),
-    v5e_256=(16, 1, 1),
+    v5e_256=(32, 1, 1),
     v5p_8=(4, 1, 1),
     v5p_64=(4, 1, 1),
     v5p_128=(4, 1, 1),
     v6e_16=(16, 1, 1),
-    v6e_64=(8, 1, 1),
-    v6e_256=(8, 1, 1),
+    v6e_64=(16, 1, 1),
+    v6e_256=(32, 1, 1),
 )
 # Of a device, in a micro-batch, where there is room for more than one.
-ROWS = {"v5p-8": 2, "v5p-64": 2, "v5p-128": 2}
+ROWS = {"v5e-256": 4, "v5p-8": 2, "v5p-64": 2, "v5p-128": 2, "v6e-16": 4, "v6e-64": 4, "v6e-256": 4}
 
 
 def get_config(preset: str = "v5p-64") -> ml_collections.ConfigDict:

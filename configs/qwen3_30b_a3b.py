@@ -4,7 +4,8 @@
     python train.py --config=configs/qwen3_30b_a3b.py:v5p-64 --workdir=runs/qwen3 --config.data.data_dir=DIR \
         --config.data.tokenizer.path=DIR/tokenizer.json
 
-MESHES has the slices that may stand behind the colon; without one it is v5p-64. To go on from the published weights:
+MESHES has the slices that may stand behind the colon; without one it is v5p-64. Their meshes fit by
+arithmetic (`moe.plan.search`); plan.py hasn't compiled them. To go on from the published weights:
 --config.init_from=FOLDER.
 
 It has not been run here. The model is the published one, with load balanced over the global batch (2501.11873): the
