@@ -5,8 +5,8 @@
         --config.data.tokenizer.path=DIR/tokenizer.json
 
 MESHES has the slices that may stand behind the colon; without one it is v5p-64. plan.py has compiled v5e-16 (12.1 of
-15.7 GiB), v5p-128 (39.0 of 95.7) and v6e-256 (9.6 of 31.2); on the others of a kind a chip has as many rows, and at
-most twice the parameters. tokenizer.json is that of the published model, whose 50 280 tokens leave the rest of the
+15.7 GiB), v5e-256 (8.3), v5p-128 (39.0 of 95.7) and v6e-256 (9.6 of 31.2); on the others of a kind a chip has as many
+rows, and at most twice the parameters. tokenizer.json is that of the published model, whose 50 280 tokens leave the rest of the
 vocabulary unused.
 
 It has not been run here. Sizes, batch, optimizer and losses are the published ones: 1 024 rows of 4 096 tokens, 5.0 T
@@ -27,7 +27,7 @@ from configs.base.slices import meshes, micro_batches
 MESHES = meshes(
     v5e_16=(16, 1, 1),
     v5e_64=(16, 1, 1),
-    v5e_256=(32, 1, 1),
+    v5e_256=(64, 1, 1),
     v5p_8=(4, 1, 1),
     v5p_64=(4, 1, 1),
     v5p_128=(4, 1, 1),
