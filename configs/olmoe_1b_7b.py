@@ -6,8 +6,8 @@
 
 MESHES has the slices that may stand behind the colon; without one it is v5p-64. plan.py has compiled v5e-16 (12.1 of
 15.7 GiB), v5e-256 (8.3), v5p-128 (39.0 of 95.7) and v6e-256 (9.6 of 31.2); on the others of a kind a chip has as many
-rows, and at most twice the parameters. tokenizer.json is that of the published model, whose 50 280 tokens leave the rest of the
-vocabulary unused.
+rows, and at most twice the parameters. tokenizer.json is that of the published model, whose 50 280 tokens leave the
+rest of the vocabulary unused.
 
 It has not been run here. Sizes, batch, optimizer and losses are the published ones: 1 024 rows of 4 096 tokens, 5.0 T
 tokens before the annealing. Its losses are means over layers, and its z loss is divided by k as well (MegaBlocks); ours
