@@ -32,7 +32,7 @@ def test_the_jobset_restarts_what_a_new_start_mends() -> None:
     assert {cli.FAILURE, cli.USAGE} == set(rule["onExitCodes"]["values"])
     assert cli.STOPPED not in rule["onExitCodes"]["values"]
     assert jobset["spec"]["failurePolicy"]["rules"] == [
-        {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+        {"name": "wrongCommand", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     ]
     assert job["backoffLimit"] == 0
     assert pod["restartPolicy"] == "Never"
