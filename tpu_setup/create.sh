@@ -42,7 +42,7 @@ attempt() { # VERB…; runs it, and explains what is wrong after taking back wha
   if [ -n "${opt[dry-run]}" ]; then call_tpu "$@"; return; fi
   if ! said=$(call_tpu "$@" 2>&1); then
     said=$(tr '\n' ' ' <<<"$said")
-    # What existed before isn't ours to delete.
+    # Somebody else was quicker.
     [[ $said == *ALREADY_EXISTS* || $said == *'already exists'* ]] || take_back
     trap - EXIT
     explain "$said"
@@ -55,15 +55,21 @@ take_back() {
   "$here/delete.sh" --name="${opt[name]}" --project="${opt[project]}" --zone="${opt[zone]}" --slices="${opt[slices]}"
 }
 
+# What exists before isn't ours, and nothing that goes wrong below may take it back.
+trap 'exit 130' INT
+trap 'exit 143' TERM
+state=$(state_of_request ABSENT 2>&1) || explain "$state"
+[ "$state" = ABSENT ] || explain "ALREADY_EXISTS: a queued resource, $state"
+for node in $(nodes); do
+  state=$(state_of_node ABSENT "$node" 2>&1) || explain "$state"
+  [ "$state" = ABSENT ] || explain "ALREADY_EXISTS: TPU VM $node, $state"
+done
+
 flags=("--accelerator-type=$accelerator" --labels=made-by=moe --quiet)
 [ -z "${opt[spot]}" ] || flags+=(--spot)
 [ -z "${opt[reserved]}" ] || flags+=(--reserved)
 runtime=${opt[runtime]:-$runtime}
-if [ -z "${opt[dry-run]}" ]; then
-  trap 'take_back' EXIT
-  trap 'exit 130' INT
-  trap 'exit 143' TERM
-fi
+[ -n "${opt[dry-run]}" ] || trap 'take_back' EXIT
 if [ -n "${opt[direct]}" ]; then
   attempt tpu-vm create "${opt[name]}" "${flags[@]}" "--version=$runtime"
 else

@@ -125,6 +125,31 @@ def test_hosts_that_cannot_be_set_up_count_as_a_start(world: World) -> None:
     assert world.left() == {}
 
 
+@pytest.mark.parametrize("way", [["--direct"], ["--every=0"]])
+@pytest.mark.parametrize("other", [["--direct"], ["--every=0"]])
+def test_creating_that_is_refused_leaves_what_was_there(way: list[str], other: list[str], world: World) -> None:
+    world.run("create.sh", "--type=v5e-8", *other)
+    before = world.left()
+    quota = "ERROR: RESOURCE_EXHAUSTED: Quota limit has been exceeded"
+    world.scenario(refuse={f"compute tpus {kind} create": quota for kind in ("tpu-vm", "queued-resources")})
+    said = world.run("create.sh", "--type=v5e-8", *way, code=1)
+    assert said.startswith("create.sh: moe exists already")
+    assert said.count("\n") == 1
+    assert world.left() == before
+
+
+@pytest.mark.parametrize("kind", ["tpu-vm", "queued-resources"])
+def test_nothing_is_created_or_deleted_where_gcloud_cannot_tell(kind: str, world: World) -> None:
+    world.run("create.sh", "--type=v5e-8", "--direct")
+    before, count = world.left(), len(world.calls())
+    world.scenario(refuse={f"compute tpus {kind} describe": "ERROR: PERMISSION_DENIED: tpu.nodes.get"})
+    said = world.run("create.sh", "--type=v5e-8", code=1)
+    assert said.startswith("create.sh: this account may not create TPUs in project p")
+    assert said.count("\n") == 1
+    assert not any({"create", "delete"} & set(call) for call in world.calls()[count:])
+    assert world.left() == before
+
+
 def test_the_babysitter_leaves_what_another_made(world: World) -> None:
     world.run("create.sh", "--type=v5e-8", "--every=0")
     before = world.left()
@@ -136,7 +161,8 @@ def test_the_babysitter_leaves_what_another_made(world: World) -> None:
 def test_creating_that_is_interrupted_leaves_nothing(number: int, world: World) -> None:
     world.scenario(states=["WAITING_FOR_RESOURCES"])
     process = world.start("create.sh", "--type=v5e-16", "--every=60")
-    wait_until(lambda: sum("describe" in call for call in world.calls()) >= 1)
+    # Twice before it asks for a slice, and then time and again.
+    wait_until(lambda: sum("describe" in call for call in world.calls()) >= 3)
     time.sleep(0.3)
     process.send_signal(number)
     process.communicate(timeout=30)
@@ -262,7 +288,7 @@ def test_a_dry_run_shows_what_is_run_and_nothing_else(world: World) -> None:
 def test_the_babysitters_dry_run_shows_all_its_commands(world: World) -> None:
     text = world.run("babysit.sh", "--type=v5e-16", "--spot", *RUN, "--dry-run", "--", "--config=c.py")
     verbs = [" ".join(call[3:5]) for call in shown(text)]
-    assert verbs[0] == "queued-resources create"
+    assert verbs[:3] == ["queued-resources describe", "tpu-vm describe", "queued-resources create"]
     assert {"tpu-vm scp", "tpu-vm ssh", "tpu-vm delete", "queued-resources delete"} <= set(verbs)
     assert world.calls() == []
 
