@@ -4,7 +4,8 @@
 #
 #   babysit.sh --type=v5e-16 --spot --workdir=gs://BUCKET/runs/NAME [--attempts=N] [--every=SECONDS] [--keep] -- --config=…
 #
-# --attempts: how often in a row it may start without a step more (5). --keep: leave the slice when the run is done.
+# Waits for a slice for as long as there is none. --attempts: how often in a row it may start without a step more (5).
+# --keep: leave the slice when the run is done.
 # Gives up at once where train.py says that its command or what it needs is wrong (exit codes 1 and 2).
 # Of all scripts: --project, --zone, --name (moe), --slices, --dry-run; defaults: MOE_PROJECT, MOE_ZONE, MOE_NAME, MOE_TYPE.
 
@@ -83,7 +84,13 @@ fi
 
 tries=0 reached=$(last_step)
 while :; do
-  step create.sh "${create[@]}" "${common[@]}"
+  code=0
+  step create.sh "${create[@]}" "${common[@]}" || code=$?
+  if [ $code = $STOPPED ]; then
+    nap "${opt[every]}"
+    continue
+  fi
+  [ $code = 0 ] || exit $code
   ours=yes
   if step setup.sh "${common[@]}" && step launch.sh "--workdir=${opt[workdir]}" "${common[@]}" -- "${rest[@]}"; then
     follow

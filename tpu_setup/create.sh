@@ -7,6 +7,7 @@
 # --direct: a TPU VM at once or not at all; without it a queued resource, for which one waits (--wait, 3600 s) and
 # asks time and again (--every, 30 s).
 # --slices: so many slices in one queued resource, NAME-0, NAME-1, …; train them with --config.mesh.dcn=N.
+# Exit code 75: there is no slice now, but may be later.
 # Of all scripts: --project, --zone, --name (moe), --dry-run; defaults: MOE_PROJECT, MOE_ZONE, MOE_NAME, MOE_TYPE.
 
 . "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
@@ -28,7 +29,7 @@ explain() { # what gcloud said; a refusal in a sentence
   case $1 in
     *[Qq]uota*) fail $FAILURE "there is no quota for $about: ask for it, or try --spot, another --type or --zone ($1)." ;;
     *'no more capacity'* | *stockout* | *RESOURCE_EXHAUSTED*)
-      fail $FAILURE "Google has no $about now: leave out --direct to wait for it, or try another --zone ($1)." ;;
+      fail $STOPPED "Google has no $about now: leave out --direct to wait for it, or try another --zone ($1)." ;;
     *PERMISSION_DENIED* | *'not have permission'*)
       fail $FAILURE "this account may not create TPUs in project ${opt[project]}: it needs the role roles/tpu.admin ($1)." ;;
     *ALREADY_EXISTS* | *'already exists'*)
@@ -82,11 +83,12 @@ else
       FAILED | SUSPENDING | SUSPENDED | DELETING)
         why=$(ask_tpu '' queued-resources describe "${opt[name]}" '--format=value(state.failedData.error.message)')
         take_back
+        [[ $state == FAILED || -n $why ]] || fail $STOPPED "the request is $state before it was ready: try again."
         explain "the request is $state${why:+: $why}" ;;
     esac
     [ $((SECONDS - begin)) -lt "${opt[wait]}" ] || {
       take_back
-      fail $FAILURE "the request was still ${state:-unknown} after ${opt[wait]} s: try another --zone, --spot, or a longer --wait."
+      fail $STOPPED "the request was still ${state:-unknown} after ${opt[wait]} s: try another --zone, --spot, or a longer --wait."
     }
     say "waiting for ${opt[type]} in ${opt[zone]}: ${state:-unknown}"
     nap "${opt[every]}"

@@ -99,6 +99,18 @@ def test_the_babysitter_goes_on_after_a_preemption(world: World) -> None:
     assert world.left() == {}
 
 
+def test_the_babysitter_waits_for_a_slice(world: World) -> None:
+    world.scenario(states=["WAITING_FOR_RESOURCES", "SUSPENDED"])
+    process = world.start("babysit.sh", "--type=v5e-16", "--spot", *RUN, "--", "--config=c.py")
+    wait_until(lambda: sum("create" in call for call in world.calls()) == 2)
+    world.scenario(states=["ACTIVE"])
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, (out, err)
+    assert "the request is SUSPENDED before it was ready: try again." in err
+    assert "moe: 0 at step 5" in out
+    assert world.left() == {}
+
+
 @pytest.mark.parametrize("code", [1, 2])
 def test_the_babysitter_does_not_repeat_what_is_wrong(code: int, world: World) -> None:
     world.plan(steps=6, code=code)
@@ -180,7 +192,7 @@ def test_a_request_that_fails_is_taken_back_and_explained(state: str, world: Wor
 
 def test_a_request_that_takes_too_long_is_taken_back(world: World) -> None:
     world.scenario(states=["WAITING_FOR_RESOURCES"])
-    said = world.run("create.sh", "--type=v5e-16", "--every=0", "--wait=0", code=1)
+    said = world.run("create.sh", "--type=v5e-16", "--every=0", "--wait=0", code=75)
     assert "still WAITING_FOR_RESOURCES after 0 s" in said
     assert world.left() == {}
 
@@ -197,7 +209,8 @@ def test_a_request_that_takes_too_long_is_taken_back(world: World) -> None:
 @pytest.mark.parametrize("way", ["queued-resources", "tpu-vm"])
 def test_a_refusal_is_one_sentence(way: str, message: str, sentence: str, world: World) -> None:
     world.scenario(refuse={f"compute tpus {way} create": message})
-    said = world.run("create.sh", "--type=v5e-16", *(["--direct"] if way == "tpu-vm" else []), code=1)
+    code = 75 if "capacity" in message else 1
+    said = world.run("create.sh", "--type=v5e-16", *(["--direct"] if way == "tpu-vm" else []), code=code)
     assert sum(line.startswith("create.sh: ") for line in said.splitlines()) == 1
     assert f"create.sh: {sentence}" in said
 
