@@ -26,7 +26,7 @@ def kept_bytes(config: Config, variables: Variables, batch: dict[str, jax.ShapeD
     micro = {name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype) for name, leaf in batch.items()}
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
 
-    def kept(params: Any, state: Any, micro: Any, keys: Any) -> list[jax.Array]:
+    def kept(params: Any, state: Any, micro: Any, keys: Any) -> list[Any]:
         def loss(params: Any) -> jax.Array:
             output = model.loss(Variables(params, state), micro, keys=keys, mesh=mesh, objective=objective)
             return output.loss + sum(jnp.sum(values) for values in output.routers.losses.values())
