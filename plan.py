@@ -9,6 +9,7 @@ figures from the program; nothing is timed. Up to three more programs find the l
 same figures. Exit code 1 where it doesn't fit.
 """
 
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -27,7 +28,7 @@ from moe import cli, compiler
 from moe import config as config_lib
 from moe.config import Config
 from moe.models import make_model
-from moe.parallel.mesh import batch_shards, make_mesh, mesh_shape
+from moe.parallel.mesh import MeshConfig, batch_shards, make_mesh, mesh_shape
 from moe.plan import analytic, estimate, program, search, traffic
 from moe.plan.activations import kept_bytes
 from moe.plan.chips import GIB, Slice, parse_slice
@@ -75,6 +76,22 @@ def plan(config: Config, slice_: Slice) -> dict[str, Any]:
     if (hlo := facts.pop("hlo")) is not None:
         facts |= costs(hlo, facts, mesh, slice_)
     return facts | {"faults": list(faults(config, facts))}
+
+
+def fill(mesh: MeshConfig, slice_: Slice, overrides: Sequence[str]) -> MeshConfig:
+    """The mesh, with copies along `data` for what it leaves of the slice, unless the command says how many.
+
+    Raises ValueError where it doesn't divide the slice.
+    """
+    try:
+        mesh_shape(mesh, slice_.devices)
+    except ValueError:
+        rest = dataclasses.replace(mesh, data=-1)
+        if any(assignment.startswith("mesh.data=") for assignment in overrides):
+            raise
+        mesh_shape(rest, slice_.devices)
+        return rest
+    return mesh
 
 
 def slice_mesh(config: Config, slice_: Slice) -> Mesh:
@@ -186,7 +203,7 @@ def main(argv: Sequence[str]) -> None:
         config_lib.override(table, overrides)
         config = config_lib.resolve(table)
         if not arguments.sweep:
-            mesh_shape(config.mesh, slice_.devices)
+            config = dataclasses.replace(config, mesh=fill(config.mesh, slice_, overrides))
     try:
         importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:

@@ -59,6 +59,16 @@ def test_a_mistake_is_one_sentence(argv: list[str], message: str, capsys: pytest
     assert error.count("\n") == 1
 
 
+def test_copies_fill_a_larger_slice() -> None:
+    mesh, slice_ = MeshConfig(data=1, fsdp=8, expert=8), parse_slice("v5p:4x4x8")
+    assert plan.fill(mesh, slice_, []) == MeshConfig(data=-1, fsdp=8, expert=8)
+    assert plan.fill(mesh, slice_, ["mesh.expert=8"]) == MeshConfig(data=-1, fsdp=8, expert=8)
+    assert plan.fill(mesh, parse_slice("v5p:4x4x4"), []) == mesh
+    for wrong, overrides in ((mesh, ["mesh.data=1"]), (MeshConfig(data=1, fsdp=24), [])):
+        with pytest.raises(ValueError, match="doesn't fill the 128 devices"):
+            plan.fill(wrong, slice_, overrides)
+
+
 def test_without_libtpu_it_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
