@@ -30,7 +30,7 @@ from moe.files import AnyPath, open_path
 from moe.initial import Initial, describe, load_initial, plan_initial
 from moe.layers.moe import group_count
 from moe.metrics import Clock, MetricsWriter, Progress, flatten, params_sha256, per_layer, write_json
-from moe.models import Batch, Objective, Variables, make_model
+from moe.models import Batch, Model, Objective, Variables, make_model
 from moe.optim import make_optimizer
 from moe.parallel import hosts
 from moe.parallel.mesh import (
@@ -144,25 +144,16 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         metrics["train"]["gradient_norm"] = optax.tree.norm(gradient)
         return TrainState(state.step + 1, Variables(params, router_state), opt_state, state.key), metrics
 
-    def score(variables: Variables, batch: Batch) -> PyTree:
-        return model.score(variables, batch, mesh=mesh)
-
     abstract = jax.eval_shape(init, jax.random.key(config.seed))
     shardings = state_shardings(abstract, model.axes, optimizer, mesh)
     rows = batch_sharding(mesh)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
     )
-    predict = jax.jit(score, in_shardings=(shardings.variables, rows), out_shardings=replicated(mesh))
 
     def jitted(abstract_state: TrainState) -> Any:
         laid = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
         return jax.jit(train, donate_argnums=0, in_shardings=(laid, rows), out_shardings=(laid, replicated(mesh)))
-
-    def score_rows(variables: Variables, batch: Batch) -> PyTree:
-        rows_here = np.array(local_rows(mesh, len(batch["mask"])))
-        local = {name: np.asarray(batch[name])[rows_here] for name in config.model.scored}
-        return predict(variables, to_devices(local, config.model.scored, mesh))
 
     device = mesh.devices.flat[0]
     apart = device.platform == "cpu" and not config.model.scan_layers
@@ -172,13 +163,30 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         loop=make_loop(jitted, abstract, model.axes.params, optimizer, apart=apart),
         compiler_options=compiler_options(config.compiler, device),
         gradients=gradients,
-        predict=score_rows,
+        predict=make_predict(model, config.model.scored, shardings.variables, mesh),
         abstract_state=abstract,
         abstract_batch=jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows),
             config.model.train_batch(config.batch_size, config.data),
         ),
     )
+
+
+def make_predict(
+    model: Model, names: Sequence[str], shardings: Variables, mesh: Mesh
+) -> Callable[[Variables, Batch], PyTree]:
+    """`Step.predict`: a model's scores from the named arrays of a batch, of which each process takes its rows."""
+
+    def score(variables: Variables, batch: Batch) -> PyTree:
+        return model.score(variables, batch, mesh=mesh)
+
+    jitted = jax.jit(score, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh))
+
+    def predict(variables: Variables, batch: Batch) -> PyTree:
+        rows = np.array(local_rows(mesh, len(batch["mask"])))
+        return jitted(variables, to_devices({name: np.asarray(batch[name])[rows] for name in names}, names, mesh))
+
+    return predict
 
 
 def state_shardings(

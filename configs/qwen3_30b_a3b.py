@@ -32,8 +32,6 @@ MESHES = meshes(
     v6e_64=(64, 1, 1),
     v6e_256=(64, 1, 1),
 )
-# Of a device, in a micro-batch, where there is room for more than one.
-ROWS: dict[str, int] = {}
 
 
 def get_config(preset: str = "v5p-64") -> ml_collections.ConfigDict:
@@ -57,5 +55,5 @@ def get_config(preset: str = "v5p-64") -> ml_collections.ConfigDict:
     config.router.softmax.update({"balance_weight": 0.001 * 8 / 48})
     config.optimizer.update({"learning_rate": 4e-4})
     config.mesh = dict(MESHES[preset])
-    config.accumulation_steps = micro_batches(config.batch_size, MESHES[preset], ROWS.get(preset, 1))
+    config.accumulation_steps = micro_batches(config.batch_size, MESHES[preset])
     return config

@@ -64,7 +64,7 @@ def test_every_host_gets_this_commit_and_pinned_versions(world: World) -> None:
 def test_arguments_arrive_as_they_were_given(world: World) -> None:
     world.run("create.sh", "--type=v5e-8", "--direct")
     world.run("setup.sh")
-    odd = ["--config=configs/a b.py", "--config.x='$(touch /tmp/never)'", '--config.y="\\n";exit', "--config.z=*"]
+    odd = ["--config=configs/a b.py", "--config.x='$(touch never)'", '--config.y="\\n";exit', "--config.z=*"]
     world.run("launch.sh", "--workdir=gs://b/runs/x", "--", *odd)
     world.run("watch.sh", *RUN)
     for host in world.hosts():
@@ -318,7 +318,7 @@ def test_the_babysitters_dry_run_shows_all_its_commands(world: World) -> None:
         ("create.sh", ["v5e-8"], "'v5e-8' isn't a flag"),
         ("create.sh", ["--type=v5e-8", "--wait=long"], "--wait=long must be a number"),
         ("create.sh", ["--type=v5e-8", "--name=My_TPU"], "--name=My_TPU must be lower-case"),
-        ("launch.sh", ["--workdir=/tmp/x", "--", "--config=c"], "--workdir=/tmp/x must be gs://BUCKET/"),
+        ("launch.sh", ["--workdir=runs/x", "--", "--config=c"], "--workdir=runs/x must be gs://BUCKET/"),
         ("launch.sh", ["--workdir=gs://b/x"], "what is train.py to do?"),
         ("babysit.sh", ["--type=v5e-8", "--workdir=gs://b/x"], "what is train.py to do?"),
         ("watch.sh", [], "--workdir= must be gs://BUCKET/"),
