@@ -22,7 +22,7 @@ cd "$HOME"
 mkdir -p moe
 tar xzf moe.tar.gz
 cd moe
-python3 -m pip install --quiet --user uv
+python3 -m pip install --quiet --user uv==0.13.9
 PATH=$HOME/.local/bin:$PATH
 [ -x .venv/bin/python ] || uv venv --quiet --python 3.12 .venv
 uv pip install --quiet --python .venv/bin/python --constraint constraints.txt --editable ".[text,gcs,tpu-aot]"

@@ -58,6 +58,7 @@ def test_every_host_gets_this_commit_and_pinned_versions(world: World) -> None:
         assert (host / "moe" / "train.py").exists()
         installed = (host / "installed").read_text()
         assert "--python 3.12" in installed
+        assert re.search(r"--user uv==[0-9.]+$", installed, flags=re.MULTILINE)
         assert "--constraint constraints.txt --editable .[text,gcs,tpu-aot]" in installed
 
 
