@@ -35,7 +35,10 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: AnyPath, start_step: int) -> None:
-        """Lines after `start_step` are from a part of the run that is computed again; they are taken out."""
+        """Lines after `start_step` are from a part of the run that is computed again; they are taken out.
+
+        last: of the others the last one with a clock's values, {} where there is none.
+        """
         self.last: dict[str, Any] = {}
         self._events: SummaryWriter | None = None
         if not hosts.is_first():
@@ -45,8 +48,8 @@ class MetricsWriter:
         self._copied = time.monotonic()
         path = workdir / "metrics.jsonl"
         kept, again = _split_lines(path, start_step)
-        if kept:
-            self.last = json.loads(kept[-1])
+        logged = (line for line in map(json.loads, reversed(kept)) if "time/elapsed_seconds" in line)
+        self.last = next(logged, {})
         if again or is_remote(workdir):
             write_whole(self._folder / "metrics.jsonl", "".join(kept))
         if again:
@@ -187,7 +190,7 @@ class Clock:
 
     def resume(self, last: Mapping[str, Any]) -> None:
         """Goes on from the last line of metrics.jsonl that counts, and begins to count training."""
-        if "time/elapsed_seconds" in last:
+        if last:
             self._begin = last["time/unix_seconds"] - last["time/elapsed_seconds"]
             self._seconds = {name: last.get(f"time/{name}_seconds", 0.0) for name in self._seconds}
         self._since = time.time()

@@ -63,13 +63,26 @@ def test_time_between_starts_and_steps_run_again_are_not_training(time: Time) ->
 def test_lines_of_a_part_that_is_run_again_are_taken_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     writer = MetricsWriter(tmp_path, 0)
     for step in (1, 2, 3):
-        writer.write(step, {"train/loss": 1.0 / step})
+        writer.write(step, {"train/loss": 1.0 / step, "time/elapsed_seconds": float(step)})
     writer.close()
     assert writer.last == {}
     writer = MetricsWriter(tmp_path, 2)
-    assert writer.last == {"step": 2, "train/loss": 0.5}
+    assert writer.last == {"step": 2, "train/loss": 0.5, "time/elapsed_seconds": 2.0}
     writer.write(3, {"train/loss": 0.25})
     writer.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["train/loss"] for line in lines] == [1.0, 0.5, 0.25]
     assert "took out 1 lines after step 2" in capsys.readouterr().err
+
+
+def test_a_clock_goes_on_where_the_last_line_is_an_evaluations(tmp_path: Path, time: Time) -> None:
+    writer, clock = MetricsWriter(tmp_path, 0), Clock()
+    clock.resume(writer.last)
+    time.now += 30
+    writer.write(1, clock.values())
+    writer.write(1, {"test/loss": 1.0})
+    writer.close()
+    writer, clock = MetricsWriter(tmp_path, 1), Clock()
+    clock.resume(writer.last)
+    time.now += 10
+    assert clock.values()["time/training_seconds"] == 40
