@@ -1,33 +1,60 @@
-"""Checkpoints, through Orbax: the training state and the position in the data, written in the background."""
+"""Checkpoints, through Orbax: the training state and the position in the data, written in the background.
+
+A checkpoint is seen only when it is whole, and counts as whole once all of it has been written. It holds a checksum of
+every array (`moe.checksums`), made on the devices before the copy from them, and everything that is read is compared
+with it, on whatever mesh. Older checkpoints go only then.
+"""
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
+from moe.checksums import checksums, name_leaves
 from moe.files import AnyPath, is_remote
+from moe.parallel import hosts
 from moe.types import PyTree
+
+# What a position alone may hold: the checkpoints of converted weights, which have no checksums.
+_UNCHECKED = (set(), {"examples"})
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """every: steps between checkpoints; the last step is always saved; 0: only the last. keep: newest ones to keep."""
+    """When a run saves, and what it keeps.
+
+    every: steps between checkpoints; the last step is always saved; 0: only the last. minutes: another checkpoint where
+    so many minutes have passed since one began, looked at at log points; 0: never. keep: newest ones to keep.
+    keep_best: as many more, with the best `best` on the test set: the lowest "loss" or the highest "accuracy"; an
+    evaluation that is among them saves.
+    """
 
     every: int = 500
+    minutes: float = 0.0
     keep: int = 3
+    keep_best: int = 0
+    best: Literal["loss", "accuracy"] = "loss"
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.keep < 1:
+        if self.every < 0 or self.minutes < 0 or self.keep < 1 or self.keep_best < 0:
             raise ValueError(
-                f"checkpoint.every = {self.every} must not be negative, and checkpoint.keep = {self.keep} at least 1."
+                f"checkpoint.every = {self.every}, checkpoint.minutes = {self.minutes:g} and checkpoint.keep_best = "
+                f"{self.keep_best} must not be negative, and checkpoint.keep = {self.keep} at least 1."
             )
 
 
 class CheckpointError(Exception):
-    """A checkpoint is missing, damaged or of another model; the message is one sentence."""
+    """A checkpoint is missing, damaged, of another model or can't be written; the message is one sentence."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint that is there can't be read, or has changed since it was written."""
 
 
 def complete_steps(folder: AnyPath) -> list[int]:
@@ -39,17 +66,31 @@ def complete_steps(folder: AnyPath) -> list[int]:
 
 
 class Checkpoints:
-    """The checkpoints of one run, a folder for each step. A save becomes visible only when it is complete."""
+    """The checkpoints of one run, a folder for each step. Where several processes write, all of them call everything."""
 
     def __init__(self, folder: AnyPath, keep: int | None = None) -> None:
-        """Keeps the `keep` newest when one is saved; None opens the folder for reading only."""
-        self.folder = folder if is_remote(folder) else folder.absolute()
-        reading = keep is None
-        if reading and not folder.is_dir():
+        """Keeps the `keep` newest, and what `spare` names, once another is whole; None: for reading only.
+
+        What a process left behind that was killed while it wrote is removed.
+        """
+        self.folder = epath.Path(folder if is_remote(folder) else folder.absolute())
+        self.spare: frozenset[int] = frozenset()
+        self._keep = keep
+        self._saving: int | None = None
+        self._failure: Exception | None = None
+        if keep is None and not folder.is_dir():
             raise CheckpointError(f"there are no checkpoints in {folder}: give the workdir of a training run.")
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=reading, create=not reading)
+        self._manager = self._open()
+        if keep is not None and hosts.is_first():
+            _remove_trash(self.folder)
+
+    def _open(self) -> ocp.CheckpointManager:
+        reading = self._keep is None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None, read_only=reading, create=not reading, cleanup_tmp_directories=not reading
+        )
         handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, oldest first."""
@@ -66,30 +107,122 @@ class Checkpoints:
             raise CheckpointError(f"there is no checkpoint of step {wanted}: there are {', '.join(map(str, steps))}.")
         return wanted
 
-    def save(self, step: int, state: PyTree, data: dict[str, Any]) -> None:
-        """Starts to write `state` (arrays) and `data` (JSON); the copy from the devices is done on return."""
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
-        self._manager.save(step, args=items, force=True)
+    def save(self, step: int, state: PyTree, position: dict[str, Any]) -> None:
+        """Starts to write `state` (arrays) and `position` (JSON); the copy from the devices is done on return.
+
+        The save before has to have been waited for. `wait` says whether this one succeeds.
+        """
+        sums = checksums(state)
+        arrays = {name: [list(leaf.shape), sums[name]] for name, leaf in name_leaves(state).items()}
+        record = _sealed({"step": step, "position": position, "arrays": arrays})
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(record))
+        self._saving = step
+        try:
+            self._manager.save(step, args=items, force=True)
+        except Exception as error:  # as many kinds as there are ways for storage to fail
+            self._failure = error
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a save is still under way here."""
+        return self._saving is not None and self._failure is None and self._manager.is_saving_in_progress()
+
+    def wait(self) -> None:
+        """Returns when the save under way is whole, and removes what is no longer to be kept.
+
+        Raises CheckpointError where it failed, in every process if in one; what was written of it is removed.
+        """
+        if self._saving is None:
+            return
+        step, self._saving = self._saving, None
+        failure, self._failure = self._failure, None
+        if failure is None:
+            try:
+                self._manager.wait_until_finished()
+            except Exception as error:
+                failure = error
+        if hosts.agree(failure is None):
+            self._remove_old()
+            return
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        with contextlib.suppress(Exception):  # storage that fails may fail here, too: what is left goes another time
+            self._manager = self._open()
+        reason = "another process failed" if failure is None else describe(failure)
+        raise CheckpointError(f"checkpoint {self.folder / str(step)} was not written: {reason}.")
+
+    def _remove_old(self) -> None:
+        if self._keep is None:
+            return
+        old = [step for step in self.steps()[: -self._keep] if step not in self.spare]
+        if not old:
+            return
+        if hosts.is_first():
+            for step in old:
+                try:
+                    _remove(self.folder / str(step))
+                except OSError as error:
+                    hosts.say(f"checkpoint {self.folder / str(step)} can't be removed: {describe(error)}", error=True)
+        hosts.wait("old checkpoints are removed")
+        self._manager.reload()
 
     def restore(self, step: int, abstract_state: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """State and data position of `step`; arrays take shape, type and sharding from `abstract_state`.
 
-        Raises CheckpointError if the checkpoint can't be read or holds another model's arrays.
+        Raises DamagedError if the checkpoint can't be read or has changed since it was written, CheckpointError if it
+        holds another model's arrays; in every process if in one.
         """
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
-        with self._explained(step):
-            self._check_shapes(step, abstract_state)
-            restored = self._manager.restore(step, args=items)
-        return restored.state, restored.data
+        record, state = self._restore(step, abstract_state)
+        return state, record["position"]
 
     def restore_variables(self, step: int, abstract_variables: PyTree) -> PyTree:
         """The model's variables alone, of a state that has them under that name; errors as `restore`."""
-        part = {"variables": abstract_variables}
-        restore_args = ocp.checkpoint_utils.construct_restore_args(part)
-        with self._explained(step), ocp.PyTreeCheckpointer() as checkpointer:
-            self._check_shapes(step, part, within="variables/")
-            args = ocp.args.PyTreeRestore(part, restore_args=restore_args, partial_restore=True)
-            return checkpointer.restore(self.folder / str(step) / "state", args=args)["variables"]
+        return self._restore(step, {"variables": abstract_variables}, within="variables/")[1]["variables"]
+
+    def _restore(self, step: int, abstract: PyTree, within: str = "") -> tuple[dict[str, Any], PyTree]:
+        record: dict[str, Any] = {}
+        restored: PyTree = None
+        failure: CheckpointError | None = None
+        try:
+            with self._explained(step):
+                record = self._read_record(step)
+                self._check_shapes(step, record, abstract, within)
+                arguments = ocp.args.PyTreeRestore(
+                    abstract,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                    partial_restore=bool(within),
+                )
+                # By the handler alone: what Orbax has around it waits for processes that may have failed.
+                with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+                    restored = handler.restore(self.folder / str(step) / "state", args=arguments)
+        except CheckpointError as error:
+            failure = error
+        if not hosts.agree(failure is None):
+            raise failure or DamagedError(f"checkpoint {self.folder / str(step)} can't be read by another process.")
+        self._compare(step, record, restored)
+        return record, restored
+
+    def _compare(self, step: int, record: dict[str, Any], restored: PyTree) -> None:
+        if "arrays" not in record:
+            return
+        changed = [name for name, found in checksums(restored).items() if found != record["arrays"][name][1]]
+        if changed:
+            raise DamagedError(
+                f"checkpoint {self.folder / str(step)} is damaged: {len(changed)} of its arrays have changed since it "
+                f"was written ({', '.join(changed[:3])}{', …' if len(changed) > 3 else ''}): {self._others(step)}"
+            )
+
+    def _read_record(self, step: int) -> dict[str, Any]:
+        """What stands beside the arrays: the position in the data and the arrays' shapes and checksums, if any."""
+        path = self.folder / str(step)
+        record = ocp.JsonCheckpointHandler().restore(path / "data", args=ocp.args.JsonRestore())
+        if isinstance(record, dict) and record.keys() in _UNCHECKED:
+            return {"position": record}
+        if not isinstance(record, dict) or record != _sealed(record):
+            raise DamagedError(f"checkpoint {path} is damaged: its own record has changed: {self._others(step)}")
+        if record["step"] != step:
+            raise DamagedError(f"checkpoint {path} is that of step {record['step']}: {self._others(step)}")
+        return record
 
     @contextlib.contextmanager
     def _explained(self, step: int) -> Iterator[None]:
@@ -99,41 +232,81 @@ class Checkpoints:
         except CheckpointError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds for the many ways a file can be damaged.
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(
-                f"checkpoint {self.folder / str(step)} can't be read ({type(error).__name__}: {reason}): "
-                f"{self._others(step)}"
+            raise DamagedError(
+                f"checkpoint {self.folder / str(step)} can't be read ({describe(error)}): {self._others(step)}"
             ) from error
 
-    def _check_shapes(self, step: int, abstract_state: PyTree, within: str = "") -> None:
-        metadata = self._manager.item_metadata(step)["state"]
-        if metadata is None:
-            raise CheckpointError(f"checkpoint {self.folder / str(step)} holds no state: {self._others(step)}")
-        saved = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(metadata)}
-        wanted = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state)}
+    def _check_shapes(self, step: int, record: dict[str, Any], abstract: PyTree, within: str) -> None:
+        if "arrays" in record:
+            saved = {name: tuple(shape) for name, (shape, _) in record["arrays"].items()}
+        else:
+            metadata = self._manager.item_metadata(step)["state"]
+            if metadata is None:
+                raise DamagedError(f"checkpoint {self.folder / str(step)} holds no state: {self._others(step)}")
+            saved = {name: tuple(leaf.shape) for name, leaf in name_leaves(metadata).items()}
+        wanted = {name: tuple(leaf.shape) for name, leaf in name_leaves(abstract).items()}
         for name in sorted(name for name in saved.keys() | wanted.keys() if name.startswith(within)):
             if saved.get(name) != wanted.get(name):
                 raise CheckpointError(
                     f"checkpoint {self.folder / str(step)} doesn't fit the config: it has {name} "
-                    f"{_describe(saved.get(name))}, the config asks for {_describe(wanted.get(name))}."
+                    f"{_shape(saved.get(name))}, the config asks for {_shape(wanted.get(name))}."
                 )
 
     def _others(self, step: int) -> str:
         others = [str(other) for other in self.steps() if other != step]
         return f"the other steps here are {', '.join(others)}." if others else "it is the only one here."
 
-    def wait(self) -> None:
-        """Returns when every save is complete."""
-        self._manager.wait_until_finished()
+    def set_aside(self, step: int) -> AnyPath:
+        """Moves a damaged checkpoint to the folder `damaged`, where it is no longer seen; returns its new place."""
+        target = self.folder / "damaged" / str(step)
+        number = 1
+        while target.exists():
+            number += 1
+            target = self.folder / "damaged" / f"{step}-{number}"
+        hosts.wait("every process knows where a damaged checkpoint goes")
+        if hosts.is_first():
+            target.parent.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(target)
+        hosts.wait("a damaged checkpoint is set aside")
+        self._manager.reload()
+        return target
 
     def close(self) -> None:
-        """Completes every save and releases the folder."""
-        self._manager.close()
+        """Completes the save under way, as `wait`, and releases the folder."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
 
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+def describe(error: Exception) -> str:
+    """An exception of a library in one line."""
+    reason = " ".join(str(error).split())
+    return f"{type(error).__name__}: {reason[:200]}".removesuffix(".")
 
 
-def _describe(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else f"of shape {tuple(shape)}"
+def _sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with a hash of all the rest."""
+    rest = {name: value for name, value in record.items() if name != "sha256"}
+    text = json.dumps(rest, sort_keys=True)
+    return {**rest, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _remove(path: AnyPath) -> None:
+    """Removes a checkpoint so that, stopped at any moment, it is not taken for a whole one."""
+    if is_remote(path):
+        # Orbax takes a checkpoint on a bucket for whole where this file is.
+        (path / "commit_success.txt").unlink(missing_ok=True)
+        path.rmtree()
+        return
+    path.rename(path.with_name(f"{path.name}.trash")).rmtree()
+
+
+def _remove_trash(folder: AnyPath) -> None:
+    for path in folder.glob("*.trash"):
+        with contextlib.suppress(OSError):
+            path.rmtree()
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else f"of shape {shape}"

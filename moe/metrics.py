@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from moe.checksums import name_leaves
 from moe.files import AnyPath, is_remote, write_whole
 from moe.parallel import hosts
 from moe.types import PyTree
@@ -155,11 +156,7 @@ def params_sha256(params: PyTree) -> str:
     Of arrays that lie on several hosts a few rows are brought together at a time.
     """
     digest = hashlib.sha256()
-    named = [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    ]
-    for name, leaf in sorted(named, key=lambda item: item[0]):
+    for name, leaf in sorted(name_leaves(params).items()):
         digest.update(f"{name} {np.dtype(leaf.dtype)} {leaf.shape}\n".encode())
         for part in _pieces(leaf):
             digest.update(np.ascontiguousarray(part).tobytes())

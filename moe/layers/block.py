@@ -83,6 +83,16 @@ class RouterOutputs(NamedTuple):
     state: PyTree
 
 
+class BlocksOutput(NamedTuple):
+    """The last block's output; the routers'; the root mean square of each block's output, which is finite where the
+    output is; and with caches those, with these tokens."""
+
+    x: Float[Array, "B L D"]
+    routers: RouterOutputs
+    rms: Float[Array, "N"]
+    caches: Any
+
+
 # Of the dense blocks at the beginning, and of the blocks of a period; each leaf stacked over them.
 Caches = tuple[list[Cache] | None, list[Cache] | None]
 
@@ -162,17 +172,19 @@ class Period(nnx.Module):
         mask: Bool[Array, "B"] | None,
         context: Context | None,
         caches: list[Cache] | None,
-    ) -> tuple[Float[Array, "B L D"], RouterOutputs, list[Cache] | None]:
-        """The last block's output, what the router returned, and the blocks' caches."""
+    ) -> BlocksOutput:
+        """Runs the blocks in order; `rms` is still the mean square of each example, [blocks, B]."""
         routers = RouterOutputs({}, {}, {})
         updated: list[Cache] = []
+        squares: list[Array] = []
         for index, block in enumerate(self.blocks):
             x, output, cache = block(x, keys, mesh, mask, context, None if caches is None else caches[index])
             if cache is not None:
                 updated.append(cache)
             if output is not None:
                 routers = RouterOutputs(output.losses, output.metrics, output.state)
-        return x, routers, None if caches is None else updated
+            squares.append(jnp.mean(jnp.square(jax.lax.stop_gradient(x).astype(jnp.float32)), axis=(1, 2)))
+        return BlocksOutput(x, routers, jnp.stack(squares), None if caches is None else updated)
 
 
 class Blocks(nnx.Module):
@@ -199,13 +211,18 @@ class Blocks(nnx.Module):
         mask: Bool[Array, "B"] | None = None,
         context: Context | None = None,
         caches: Caches | None = None,
-    ) -> tuple[Float[Array, "B L D"], RouterOutputs, Caches | None]:
-        """Runs the blocks in order; see `Moe` for keys and mask. With caches, those come back with these tokens."""
+    ) -> BlocksOutput:
+        """Runs the blocks in order; see `Moe` for keys and mask."""
         leading, periods = caches or (None, None)
+        squares: list[Array] = []
         if self.config.dense_layers:
-            x, _, leading = self._run(self.leading, self.config.dense_layers, x, None, mesh, mask, context, leading)
-        x, routers, periods = self._run(self.periods, self.config.num_periods, x, keys, mesh, mask, context, periods)
-        return x, routers, None if caches is None else (leading, periods)
+            first = self._run(self.leading, self.config.dense_layers, x, None, mesh, mask, context, leading)
+            x, leading = first.x, first.caches
+            squares.append(first.rms)
+        last = self._run(self.periods, self.config.num_periods, x, keys, mesh, mask, context, periods)
+        # One sum over the devices for all blocks together.
+        rms = jnp.sqrt(jnp.mean(jnp.concatenate([*squares, last.rms]), axis=1))
+        return last._replace(rms=rms, caches=None if caches is None else (leading, last.caches))
 
     def make_caches(self, batch: int, length: int) -> Caches:
         """Empty caches for sequences of up to `length` tokens."""
@@ -229,20 +246,20 @@ class Blocks(nnx.Module):
         mask: Bool[Array, "B"] | None,
         context: Context | None,
         caches: list[Cache] | None,
-    ) -> tuple[Float[Array, "B L D"], RouterOutputs, list[Cache] | None]:
-        """Runs a stack of `count` periods."""
+    ) -> BlocksOutput:
+        """Runs a stack of `count` periods; `rms` as `Period` gives it."""
         graph, state = nnx.split(periods)
 
-        def step(x: Array, scanned: tuple[PyTree, Array, PyTree]) -> tuple[Array, tuple[RouterOutputs, PyTree]]:
+        def step(x: Array, scanned: tuple[PyTree, Array, PyTree]) -> tuple[Array, tuple[RouterOutputs, Array, PyTree]]:
             period_state, index, cache = scanned
             period: Period = nnx.merge(graph, period_state)
             layer_keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, index)
-            x, routers, cache = period(x, layer_keys, mesh, mask, context, cache)
-            return x, (routers, cache)
+            output = period(x, layer_keys, mesh, mask, context, cache)
+            return output.x, (output.routers, output.rms, output.caches)
 
         if self.config.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.config.remat == "dots" else None
             step = jax.checkpoint(step, policy=policy, prevent_cse=not self.config.scan_layers)
         unroll = 1 if self.config.scan_layers else count
-        x, (routers, caches) = jax.lax.scan(step, x, (state, jnp.arange(count), caches), unroll=unroll)
-        return x, routers, caches
+        x, (routers, squares, caches) = jax.lax.scan(step, x, (state, jnp.arange(count), caches), unroll=unroll)
+        return BlocksOutput(x, routers, squares.reshape(-1, x.shape[0]), caches)

@@ -35,18 +35,21 @@ class Objective:
 
 
 class ModelOutput(NamedTuple):
-    """logits: float32, one score per class or word. routers: see `RouterOutputs`."""
+    """logits: float32, one score per class or word. routers, rms: see `moe.layers.block.BlocksOutput`."""
 
     logits: Float[Array, "*B V"]
     routers: RouterOutputs
+    rms: Float[Array, "N"]
 
 
 class LossOutput(NamedTuple):
     """Sums over the terms of a batch (images, or tokens with a target), to be divided by their number.
 
-    loss: to be minimised, without the routers' losses. scalars: its parts and measures, by name.
+    loss: to be minimised, without the routers' losses. scalars: its parts and measures, by name. routers, rms: no sums,
+    see `moe.layers.block.BlocksOutput`.
     """
 
     loss: Float[Array, ""]
     scalars: dict[str, Float[Array, ""]]
     routers: RouterOutputs
+    rms: Float[Array, "N"]

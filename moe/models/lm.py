@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe.layers.attention import AttentionBias, AttentionConfig, Context, QkNorm
-from moe.layers.block import Blocks, Caches, RouterOutputs
+from moe.layers.block import Blocks, BlocksOutput, Caches
 from moe.layers.mlp import Activation
 from moe.layers.moe import MoeConfig
 from moe.layers.norm import make_norm
@@ -137,8 +137,9 @@ class LanguageModel(nnx.Module):
         keys are given in training only, one per row. Segment 0 is padding. Raises ValueError for more tokens than
         model.length.
         """
-        x_BLD, routers, _ = self._hidden(tokens_BL, position_BL, segment_BL, keys, mesh)
-        return ModelOutput(vocabulary_logits(x_BLD, self._head(), self.config.logit_cap), routers)
+        hidden = self._hidden(tokens_BL, position_BL, segment_BL, keys, mesh)
+        logits = vocabulary_logits(hidden.x, self._head(), self.config.logit_cap)
+        return ModelOutput(logits, hidden.routers, hidden.rms)
 
     def loss(self, batch: Batch, *, keys: Key[Array, "B"] | None, mesh: Mesh, objective: Objective) -> LossOutput:
         """Sums over the tokens that loss_mask keeps: cross-entropy in nats, weighted z loss, right answers.
@@ -147,11 +148,12 @@ class LanguageModel(nnx.Module):
         """
         if objective.loss != "softmax":
             raise ValueError(f"loss = '{objective.loss}' is for images with several labels: language needs 'softmax'.")
-        x_BLD, routers, _ = self._hidden(batch["tokens"], batch["position"], batch["segment"], keys, mesh)
+        hidden = self._hidden(batch["tokens"], batch["position"], batch["segment"], keys, mesh)
         settings = self._loss_settings(objective.label_smoothing)
-        sums = _summed_loss(x_BLD, self._head(), batch["targets"], batch["loss_mask"], settings, mesh)
+        sums = _summed_loss(hidden.x, self._head(), batch["targets"], batch["loss_mask"], settings, mesh)
         scalars = {"cross_entropy": sums.cross_entropy, "accuracy": sums.correct}
-        return LossOutput(sums.loss, scalars | ({"z": sums.z} if self.config.z_weight else {}), routers)
+        scalars |= {"z": sums.z} if self.config.z_weight else {}
+        return LossOutput(sums.loss, scalars, hidden.routers, hidden.rms)
 
     @staticmethod
     def terms(batch: Batch) -> Float[Array, ""]:
@@ -161,8 +163,8 @@ class LanguageModel(nnx.Module):
     def score(self, batch: Batch, *, mesh: Mesh) -> Scores:
         """The loss of every target and whether it is the likeliest; rows that the mask marks False are padding."""
         segment_BL = jnp.where(batch["mask"][:, None], batch["segment"], 0)
-        x_BLD, _, _ = self._hidden(batch["tokens"], batch["position"], segment_BL, None, mesh)
-        return vocabulary_scores(x_BLD, self._head(), batch["targets"], self._loss_settings(0.0))
+        hidden = self._hidden(batch["tokens"], batch["position"], segment_BL, None, mesh)
+        return vocabulary_scores(hidden.x, self._head(), batch["targets"], self._loss_settings(0.0))
 
     def decode(
         self,
@@ -177,11 +179,10 @@ class LanguageModel(nnx.Module):
 
         The tokens go on from those that the caches hold (see `make_caches`), at the positions given.
         """
-        x_BLD, _, updated = self._hidden(tokens_BL, position_BL, mask_BL.astype(jnp.int32), None, mesh, caches)
-        assert updated is not None
+        hidden = self._hidden(tokens_BL, position_BL, mask_BL.astype(jnp.int32), None, mesh, caches)
         last_B = jnp.maximum(jnp.sum(mask_BL, axis=1) - 1, 0)
-        last_BD = jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)[:, 0]
-        return vocabulary_logits(last_BD, self._head(), self.config.logit_cap), updated
+        last_BD = jnp.take_along_axis(hidden.x, last_B[:, None, None], axis=1)[:, 0]
+        return vocabulary_logits(last_BD, self._head(), self.config.logit_cap), hidden.caches
 
     def make_caches(self, batch: int, length: int) -> Caches:
         """Empty caches for `batch` sequences of up to `length` tokens."""
@@ -195,8 +196,8 @@ class LanguageModel(nnx.Module):
         keys: Key[Array, "B"] | None,
         mesh: Mesh,
         caches: Caches | None = None,
-    ) -> tuple[Float[Array, "B L D"], RouterOutputs, Caches | None]:
-        """The normed output of the last block."""
+    ) -> BlocksOutput:
+        """The normed output of the last block, and what else the blocks return."""
         length = tokens_BL.shape[1]
         if length > self.config.length:
             raise ValueError(f"a sequence of {length} tokens exceeds model.length = {self.config.length}.")
@@ -209,8 +210,8 @@ class LanguageModel(nnx.Module):
         context = Context(tokens_BL, Places(position_BL, segment_BL), cos_BLd, sin_BLd, segment_BL > 0)
         # The rows and not the table become the activations' type, so that its gradient adds up in float32.
         x_BLD = constrain_batch(self.embedding[...][tokens_BL].astype(jnp.dtype(self.config.dtype)), mesh)
-        x_BLD, routers, caches = self.blocks(x_BLD, keys, mesh, None, context, caches)
-        return self.norm(x_BLD), routers, caches
+        blocks = self.blocks(x_BLD, keys, mesh, None, context, caches)
+        return blocks._replace(x=self.norm(blocks.x))
 
     def _head(self) -> Float[Array, "D V"]:
         return self.embedding[...].T if self.config.tied_head else self.head[...]

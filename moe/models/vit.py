@@ -114,14 +114,15 @@ class VisionTransformer(nnx.Module):
         if self.config.pooling == "class_token":
             x_BLD = jnp.pad(x_BLD, ((0, 0), (1, 0), (0, 0)))
         x_BLD = constrain_batch(x_BLD + self.position[...].astype(dtype)[None], mesh)
-        x_BLD, routers, _ = self.blocks(x_BLD, keys, mesh, mask)
+        blocks = self.blocks(x_BLD, keys, mesh, mask)
+        x_BLD = blocks.x
         if self.config.pooling == "class_token":
             pooled_BD = self.norm(x_BLD[:, 0]).astype(jnp.float32)
         else:
             pooled_BD = jnp.mean(self.norm(x_BLD), axis=1, dtype=jnp.float32)
         if self.config.representation_width:
             pooled_BD = jnp.tanh(pooled_BD @ self.w_representation[...])
-        return ModelOutput(self.head(pooled_BD), routers)
+        return ModelOutput(self.head(pooled_BD), blocks.routers, blocks.rms)
 
     def loss(self, batch: Batch, *, keys: Key[Array, "B"] | None, mesh: Mesh, objective: Objective) -> LossOutput:
         """Sums over the images: cross-entropy of the smoothed label, and the number of right answers."""
@@ -134,7 +135,8 @@ class VisionTransformer(nnx.Module):
         else:
             cross_entropy = jnp.sum(optax.softmax_cross_entropy(output.logits, targets))
         correct = jnp.sum(jnp.argmax(output.logits, axis=-1) == batch["label"], dtype=jnp.float32)
-        return LossOutput(cross_entropy, {"cross_entropy": cross_entropy, "accuracy": correct}, output.routers)
+        scalars = {"cross_entropy": cross_entropy, "accuracy": correct}
+        return LossOutput(cross_entropy, scalars, output.routers, output.rms)
 
     @staticmethod
     def terms(batch: Batch) -> float:
