@@ -27,6 +27,7 @@ from moe.checkpoint import Checkpoints, complete_steps
 from moe.compiler import compile_step, compiler_options, keep_programs
 from moe.config import Config
 from moe.files import AnyPath, open_path
+from moe.guard import GuardState, init_guard, judge, keep_unless
 from moe.initial import Initial, describe, load_initial, plan_initial
 from moe.layers.moe import group_count
 from moe.metrics import Clock, MetricsWriter, Progress, flatten, params_sha256, per_layer, write_json
@@ -46,9 +47,12 @@ from moe.parallel.mesh import (
 from moe.plan import analytic
 from moe.plan.chips import peak_flops
 from moe.profile import Profile, parse_steps
+from moe.saves import Saves
 from moe.tasks import TASKS, caution
 from moe.types import PyTree
 from moe.unstacked import Loop, make_loop, stack
+from moe.watch import Watch
+from moe.watchdog import Watchdog
 from moe.workdir import open_workdir
 
 DEFAULT_CONFIG = "configs/digits.py"
@@ -60,6 +64,7 @@ class TrainState(NamedTuple):
     step: jax.Array
     variables: Variables
     opt_state: PyTree
+    guard: GuardState
     key: jax.Array
 
 
@@ -100,7 +105,8 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         key_variables, key_run = jax.random.split(key)
         variables = model.init(key_variables)
         opt_state = optimizer.init(variables.params)
-        return TrainState(jnp.zeros((), jnp.int32), variables, opt_state, jax.random.key_data(key_run))
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(step, variables, opt_state, init_guard(config.guard), jax.random.key_data(key_run))
 
     def loss_fn(
         params: PyTree, router_state: PyTree, batch: Batch, keys: jax.Array, terms: jax.Array
@@ -110,7 +116,8 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         router_losses = {name: jnp.sum(values) for name, values in output.routers.losses.items()}
         loss = output.loss / terms + sum(router_losses.values())
         scalars = {"loss": loss, **{name: value / terms for name, value in output.scalars.items()}}
-        return loss, ({"train": scalars, "router": router_losses, "moe": output.routers.metrics}, output.routers.state)
+        metrics = {"train": scalars, "router": router_losses, "moe": output.routers.metrics}
+        return loss, (metrics | {"blocks": {"rms": output.rms}}, output.routers.state)
 
     def gradients(state: TrainState, batch: Batch) -> tuple[PyTree, tuple[PyTree, PyTree]]:
         # Noise belongs to an example's place in the global batch, whatever the mesh and the micro-batches.
@@ -138,11 +145,16 @@ def make_step(config: Config, mesh: Mesh) -> Step:
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, PyTree]:
         gradient, (metrics, router_state) = gradients(state, batch)
-        params = state.variables.params
-        updates, opt_state = optimizer.update(gradient, state.opt_state, params)
-        params = optax.apply_updates(params, updates)
-        metrics["train"]["gradient_norm"] = optax.tree.norm(gradient)
-        return TrainState(state.step + 1, Variables(params, router_state), opt_state, state.key), metrics
+        norm = optax.tree.norm(gradient)
+        verdict = judge(config.guard, state.guard, metrics["train"]["loss"], norm)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.variables.params)
+        params = optax.apply_updates(state.variables.params, updates)
+        variables, opt_state = keep_unless(
+            verdict.is_good, (Variables(params, router_state), opt_state), (state.variables, state.opt_state)
+        )
+        metrics["train"]["gradient_norm"] = norm
+        metrics["guard"] = verdict.metrics
+        return TrainState(state.step + 1, variables, opt_state, verdict.state, state.key), metrics
 
     abstract = jax.eval_shape(init, jax.random.key(config.seed))
     shardings = state_shardings(abstract, model.axes, optimizer, mesh)
@@ -202,22 +214,13 @@ def state_shardings(
         transform_non_params=lambda _: replicated(mesh),
     )
     everywhere: Any = replicated(mesh)
-    return TrainState(step=everywhere, variables=variables, opt_state=opt_state, key=everywhere)
+    guard = jax.tree.map(lambda _: everywhere, abstract.guard)
+    return TrainState(step=everywhere, variables=variables, opt_state=opt_state, guard=guard, key=everywhere)
 
 
 def to_devices(batch: Batch, names: Sequence[str], mesh: Mesh) -> dict[str, jax.Array]:
     """The named arrays of this process's rows (`local_rows`), as rows of global arrays."""
     return {name: to_global(batch[name], mesh) for name in names}
-
-
-def restore_newest(checkpoints: Checkpoints, step: Step) -> tuple[TrainState, dict[str, Any]] | None:
-    """The newest state and data position, or None where the run is to begin. A damaged one is an error, not a start."""
-    steps = checkpoints.steps()
-    if not steps:
-        return None
-    state, data = checkpoints.restore(steps[-1], step.abstract_state)
-    hosts.say(f"resuming from step {steps[-1]}")
-    return state, data
 
 
 def train(
@@ -226,7 +229,8 @@ def train(
     """Trains from the newest checkpoint of the workdir to the last step; returns what result.json holds.
 
     table: the config as config.json keeps it. profile_steps: those that are recorded for xprof. Nothing is written
-    before everything has been checked. Raises cli.Stopped where SIGTERM ended it, with everything saved.
+    before everything has been checked. Raises cli.Stopped where SIGTERM ended it, and cli.Failure where too many
+    updates were left out, both with everything saved.
     """
     clock = Clock()
     keep_programs(config.compiler)
@@ -240,8 +244,8 @@ def train(
         test_batches = task.make_eval_batches(config.data, config.data.test_split, config.batch_size)
         lowered = step.loop.train.lower(step.loop.abstract_state, step.abstract_batch)
         initial = plan_start(config, step, workdir)
-        for difference in open_workdir(workdir, table):
-            hosts.say(f"the config differs from the one that began this run: {difference}")
+        differences, lock = open_workdir(workdir, table)
+    hosts.say(*(f"the config differs from the one that began this run: {difference}" for difference in differences))
     hosts.say(*(f"{name}: {value}" for name, value in facts.items()))
     if notice := caution(config.model, config.moe, config.router):
         hosts.say(notice)
@@ -249,40 +253,59 @@ def train(
         train_step = compile_step(lowered, step.compiler_options)
 
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    state = begin(config, step, checkpoints, examples, initial)
-    start = int(state.step)
+    state, is_resumed = begin(config, step, checkpoints, examples, initial)
+    start = index = int(state.step)
     state = step.loop.enter(state)
 
     writer, progress = MetricsWriter(workdir, start), Progress(config.steps, start)
     profile, rates = Profile(profile_steps, workdir / "profile"), Rates(config, step, mesh, start)
+    saves = Saves(checkpoints, config.checkpoint, start if is_resumed else None)
+    watch = Watch(config, workdir, examples.indices)
     test: dict[str, float] = {}
-    is_stopping = False
+    is_stopping, gave_up = False, ""
     clock.resume(writer.last)
-    with hosts.StopSignal() as stop:
+    with hosts.StopSignal() as stop, Watchdog(config.watchdog_minutes, workdir) as watchdog:
         for index in range(start + 1, config.steps + 1):
             profile.begin(index)
+            watchdog.hear(f"waiting for the examples of step {index}")
+            place, batch = examples.get_state(), next(examples)
+            watchdog.hear(f"running step {index}")
             with jax.profiler.StepTraceAnnotation("train", step_num=index):
-                state, metrics = train_step(state, to_devices(next(examples), tuple(step.abstract_batch), mesh))
+                state, metrics = train_step(state, to_devices(batch, tuple(step.abstract_batch), mesh))
+            watch.add(index, place, metrics)
             if profile.end(index, metrics):
                 hosts.say(f"profile written: xprof --logdir={workdir / 'profile'}")
             progress.advance()
             is_stopping = stop.is_due(index) and index < config.steps
-            if is_stopping or is_due(index, config.log_every, config.steps):
+            is_logged = is_stopping or is_due(index, config.log_every, config.steps)
+            if is_logged:
                 values = log_values(jax.device_get(metrics), config) | rates.since_last(index) | clock.values()
                 writer.write(index, values)
                 progress.log(index, values["train/loss"], values["examples_per_second"])
-            if is_stopping or is_due(index, config.checkpoint.every, config.steps):
+                gave_up = watch.look(values)
+            if is_stopping or gave_up:
+                break
+            if saves.is_due(index, is_logged) or index == config.steps:
                 jax.block_until_ready(state)
                 with clock.spent("checkpoint"):
-                    checkpoints.save(index, step.loop.leave(state), examples.get_state())
-            if is_stopping:
-                break
+                    saves.save(index, step.loop.leave(state), examples.get_state())
             if is_due(index, config.evaluate_every, config.steps):
                 with clock.spent("evaluation"):
-                    test = task.evaluate(step.predict, step.loop.leave(state.variables), test_batches)
+                    batches = watchdog.over(test_batches, f"evaluating after step {index}")
+                    test = task.evaluate(step.predict, step.loop.leave(state.variables), batches)
                 writer.write(index, flatten(test, "test"))
-    for part in (profile, progress, writer, examples, checkpoints):
+                if saves.rate(index, test):
+                    with clock.spent("checkpoint"):
+                        saves.save(index, step.loop.leave(state), examples.get_state())
+        if saves.whole != index:
+            jax.block_until_ready(state)
+            with clock.spent("checkpoint"):
+                saves.complete(index, step.loop.leave(state), examples.get_state())
+            writer.write(index, clock.values())
+    for part in (profile, progress, writer, examples, checkpoints, *([] if lock is None else [lock])):
         part.close()
+    if gave_up:
+        raise cli.Failure(gave_up)
     if is_stopping:
         raise cli.Stopped(f"told to stop: saved after step {index} of {config.steps}; the same command goes on.")
 
@@ -308,17 +331,20 @@ def plan_start(config: Config, step: Step, workdir: AnyPath) -> Initial | None:
     return plan_initial(config, step.abstract_state.variables)
 
 
-def begin(config: Config, step: Step, checkpoints: Checkpoints, examples: Any, initial: Initial | None) -> TrainState:
-    """The state to go on from: of the newest checkpoint, whose place in the data `examples` go to, or a fresh one."""
-    if (restored := restore_newest(checkpoints, step)) is not None:
+def begin(
+    config: Config, step: Step, checkpoints: Checkpoints, examples: Any, initial: Initial | None
+) -> tuple[TrainState, bool]:
+    """The state to go on from, and whether it is a checkpoint's, whose place in the data `examples` then go to."""
+    if (restored := checkpoints.restore_newest(step.abstract_state)) is not None:
         state, position = restored
         examples.set_state(position)
-        return state
+        hosts.say(f"resuming from step {int(state.step)}")
+        return state, True
     state = step.init(jax.random.key(config.seed))
     if initial is None:
-        return state
+        return state, False
     hosts.say(*describe(initial))
-    return state._replace(variables=load_initial(initial, state.variables))
+    return state._replace(variables=load_initial(initial, state.variables)), False
 
 
 class Rates:
@@ -352,7 +378,9 @@ def log_values(metrics: dict[str, Any], config: Config) -> dict[str, float]:
     return {
         **flatten(metrics["train"], "train"),
         **flatten(metrics["router"], "router"),
+        **flatten(metrics["guard"], "guard"),
         **flatten(per_layer(metrics["moe"], first=config.model.dense_layers + every - 1, every=every), "moe"),
+        **flatten(per_layer(metrics["blocks"], first=0, every=1), "blocks"),
     }
 
 

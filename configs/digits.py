@@ -75,7 +75,7 @@ def get_config() -> ml_collections.ConfigDict:
         "clip_norm": 1.0,
     }
     config.mesh = {"dcn": 1, "data": -1, "fsdp": 1, "expert": 1, "tensor": 1}
-    config.checkpoint = {"every": 500, "keep": 3}
+    config.checkpoint = parts.checkpoint(every=500, keep=3)
     return config
 
 

@@ -7,22 +7,27 @@ with it, on whatever mesh. Older checkpoints go only then.
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
+import logging
+import sys
+import time
+import traceback
+import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
 from moe.checksums import checksums, name_leaves
-from moe.files import AnyPath, is_remote
+from moe.files import AnyPath, describe, is_remote
 from moe.parallel import hosts
 from moe.types import PyTree
 
 # What a position alone may hold: the checkpoints of converted weights, which have no checksums.
-_UNCHECKED = (set(), {"examples"})
+_UNCHECKED: tuple[set[str], ...] = (set(), {"examples"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +71,7 @@ def complete_steps(folder: AnyPath) -> list[int]:
 
 
 class Checkpoints:
-    """The checkpoints of one run, a folder for each step. Where several processes write, all of them call everything."""
+    """The checkpoints of one run, a folder for each step. Of several processes that write, all call everything."""
 
     def __init__(self, folder: AnyPath, keep: int | None = None) -> None:
         """Keeps the `keep` newest, and what `spare` names, once another is whole; None: for reading only.
@@ -193,7 +198,7 @@ class Checkpoints:
                     partial_restore=bool(within),
                 )
                 # By the handler alone: what Orbax has around it waits for processes that may have failed.
-                with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+                with _one_failure(), contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
                     restored = handler.restore(self.folder / str(step) / "state", args=arguments)
         except CheckpointError as error:
             failure = error
@@ -234,7 +239,7 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise many kinds for the many ways a file can be damaged.
             raise DamagedError(
                 f"checkpoint {self.folder / str(step)} can't be read ({describe(error)}): {self._others(step)}"
-            ) from error
+            ) from None
 
     def _check_shapes(self, step: int, record: dict[str, Any], abstract: PyTree, within: str) -> None:
         if "arrays" in record:
@@ -255,6 +260,28 @@ class Checkpoints:
     def _others(self, step: int) -> str:
         others = [str(other) for other in self.steps() if other != step]
         return f"the other steps here are {', '.join(others)}." if others else "it is the only one here."
+
+    def restore_newest(self, abstract_state: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
+        """As `restore`, of the newest checkpoint that is whole; None where there is none.
+
+        Newer ones that are damaged are reported and set aside. Raises CheckpointError where all are.
+        """
+        damaged: dict[int, DamagedError] = {}
+        for step in reversed(self.steps()):
+            try:
+                restored = self.restore(step, abstract_state)
+            except DamagedError as error:
+                damaged[step] = error
+                continue
+            for number, damage in damaged.items():
+                hosts.say(f"{str(damage).rstrip('.')}: it is set aside in {self.set_aside(number)}", error=True)
+            return restored
+        if damaged:
+            raise CheckpointError(
+                f"all {len(damaged)} checkpoints of {self.folder} are damaged, and left as they are: "
+                f"{next(iter(damaged.values()))}"
+            )
+        return None
 
     def set_aside(self, step: int) -> AnyPath:
         """Moves a damaged checkpoint to the folder `damaged`, where it is no longer seen; returns its new place."""
@@ -279,10 +306,25 @@ class Checkpoints:
             self._manager.close()
 
 
-def describe(error: Exception) -> str:
-    """An exception of a library in one line."""
-    reason = " ".join(str(error).split())
-    return f"{type(error).__name__}: {reason[:200]}".removesuffix(".")
+@contextlib.contextmanager
+def _one_failure() -> Iterator[None]:
+    """Of arrays that are read side by side, the first failure counts; those of the others are not printed, too."""
+    logger, hooks = logging.getLogger("asyncio"), (sys.unraisablehook, sys.excepthook)
+    logger.disabled, sys.unraisablehook, sys.excepthook = True, lambda _: None, lambda *_: None
+    try:
+        yield
+    except Exception as error:
+        seen: BaseException | None = error
+        while seen is not None:
+            traceback.clear_frames(seen.__traceback__)
+            seen = seen.__cause__ or seen.__context__
+        with warnings.catch_warnings(action="ignore"):
+            gc.collect()
+        # TensorStore's threads find out that nobody waits any more.
+        time.sleep(0.05)
+        raise
+    finally:
+        logger.disabled, (sys.unraisablehook, sys.excepthook) = False, hooks
 
 
 def _sealed(record: dict[str, Any]) -> dict[str, Any]:
@@ -292,7 +334,7 @@ def _sealed(record: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _remove(path: AnyPath) -> None:
+def _remove(path: epath.Path) -> None:
     """Removes a checkpoint so that, stopped at any moment, it is not taken for a whole one."""
     if is_remote(path):
         # Orbax takes a checkpoint on a bucket for whole where this file is.
@@ -302,7 +344,7 @@ def _remove(path: AnyPath) -> None:
     path.rename(path.with_name(f"{path.name}.trash")).rmtree()
 
 
-def _remove_trash(folder: AnyPath) -> None:
+def _remove_trash(folder: epath.Path) -> None:
     for path in folder.glob("*.trash"):
         with contextlib.suppress(OSError):
             path.rmtree()

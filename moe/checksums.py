@@ -1,10 +1,11 @@
 """Checksums of arrays that lie on devices: what was restored is, to the bit, what was saved, on whatever mesh.
 
-Of an array with entries x_i, as unsigned integers of their bits: the sums of x_i m(i) and of x_i n(i) modulo 2^32, where
-m and n are odd numbers that depend on the entry's place in the whole array alone. Sums of integers don't depend on their
-order, so neither do these on how many devices and processes hold the array. A change of one entry always shows, since
-odd numbers have inverses modulo 2^32; any other change goes unseen with a chance of some 2^-64. They are made where the
-array is, at the speed of its memory: nothing is copied or read a second time. Against damage, not against forgery.
+Of an array with entries x_i, as unsigned integers of their bits: the sums of x_i m(i) and of x_i n(i) modulo 2^32,
+where m and n are odd numbers that depend on the entry's place in the whole array alone. Sums of integers don't depend
+on their order, so neither do these on how many devices and processes hold the array. A change of one entry always
+shows, since odd numbers have inverses modulo 2^32; any other change goes unseen with a chance of some 2^-64. They are
+made where the array is, at the speed of its memory: nothing is copied or read a second time. Against damage, not
+against forgery.
 """
 
 import functools

@@ -14,7 +14,7 @@ from moe.compiler import TooLarge
 from moe.routers import ROUTERS
 
 # A run that has been told to stop and has saved: the same command goes on (EX_TEMPFAIL of sysexits.h).
-USAGE, FAILURE, STOPPED = 2, 1, 75
+USAGE, FAILURE, STOPPED = 2, 1, 75  # and moe.watchdog.STUCK
 
 
 class UsageError(Exception):

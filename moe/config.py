@@ -19,6 +19,7 @@ from moe.checkpoint import CheckpointConfig
 from moe.compiler import CompilerConfig
 from moe.data.pipeline import DataConfig
 from moe.data.text import TextConfig
+from moe.guard import GuardConfig
 from moe.layers.moe import MoeConfig
 from moe.models import MODELS, ModelConfig
 from moe.ops.rope import ROPE_SCALINGS, RopeScaling
@@ -50,6 +51,7 @@ class Config:
     init_from: what the run begins with instead of random weights, see `moe.initial`: the workdir of another run, one of
         its checkpoints, or the folder of a Hugging Face model; "": nothing. upcycle: how its MLPs become experts.
     log_every, evaluate_every: in steps; the last step is always logged and evaluated; 0: only the last.
+    watchdog_minutes: a run that is not heard of for so long writes its stacks and ends with exit code 70; 0: never.
     """
 
     seed: int
@@ -63,6 +65,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     compiler: CompilerConfig = CompilerConfig()
+    guard: GuardConfig = GuardConfig()
     accumulation_steps: int = 1
     label_smoothing: float = 0.0
     loss: Literal["softmax", "sigmoid"] = "softmax"
@@ -70,6 +73,7 @@ class Config:
     upcycle: UpcycleConfig = UpcycleConfig()
     log_every: int = 50
     evaluate_every: int = 0
+    watchdog_minutes: float = 30.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation_steps", "log_every"):
@@ -81,6 +85,8 @@ class Config:
             )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing = {self.label_smoothing} must lie in [0, 1).")
+        if self.watchdog_minutes < 0:
+            raise ValueError(f"watchdog_minutes = {self.watchdog_minutes:g} must not be negative.")
 
 
 def load_file(path: str) -> ml_collections.ConfigDict:

@@ -32,3 +32,9 @@ def write_whole(path: AnyPath, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def describe(error: Exception) -> str:
+    """An exception of a library in one line."""
+    reason = " ".join(str(error).split())
+    return f"{type(error).__name__}: {reason[:200]}".removesuffix(".")

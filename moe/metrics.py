@@ -1,7 +1,9 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, the terminal, and the hash of its parameters."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -14,11 +16,14 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from moe.checksums import name_leaves
-from moe.files import AnyPath, is_remote, write_whole
+from moe.files import AnyPath, describe, is_remote, write_whole
 from moe.parallel import hosts
 from moe.types import PyTree
 
@@ -32,7 +37,8 @@ class MetricsWriter:
     """Adds one line per log point to metrics.jsonl, and the same numbers to TensorBoard event files.
 
     Only the first process writes. Objects on a bucket can't be added to: there both are written on this machine, and
-    copied at most every `_COPY_SECONDS` and in the end.
+    copied at most every `_COPY_SECONDS` and in the end. What can't be written, for want of space or of a connection, is
+    said once, kept, and written when that is possible again.
     """
 
     def __init__(self, workdir: AnyPath, start_step: int) -> None:
@@ -41,7 +47,9 @@ class MetricsWriter:
         last: of the others the last one with a clock's values, {} where there is none.
         """
         self.last: dict[str, Any] = {}
-        self._events: SummaryWriter | None = None
+        self._pending: list[str] = []
+        self._is_failing = False
+        self._events: EventsWriter | None = None
         if not hosts.is_first():
             return
         self._target = workdir
@@ -55,23 +63,47 @@ class MetricsWriter:
             write_whole(self._folder / "metrics.jsonl", "".join(kept))
         if again:
             print(f"metrics.jsonl: took out {again} lines after step {start_step}, which is run again", file=sys.stderr)
-        events = str(self._folder / "tensorboard")
-        self._events = SummaryWriter(events, purge_step=start_step + 1 if again else None)
+        # Not SummaryWriter: its thread ends where the disk is full, and then whoever adds to its queue waits for ever.
+        (self._folder / "tensorboard").mkdir(exist_ok=True)
+        self._events = EventsWriter(str(self._folder / "tensorboard" / "events"))
+        if again:
+            restart = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(step=start_step + 1, wall_time=time.time(), session_log=restart))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes {"step": step, **values}."""
         if self._events is None:
             return
-        with (self._folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
-        if is_remote(self._target) and time.monotonic() - self._copied > _COPY_SECONDS:
-            self._copy()
+        self._pending.append(json.dumps({"step": step, **values}) + "\n")
+        summary = Summary(value=[part for name, value in values.items() for part in scalar(name, value).value])
+        event = Event(step=step, wall_time=time.time(), summary=summary)
+        try:
+            self._append()
+            self._events.write_event(event)
+            self._events.flush()
+            if is_remote(self._target) and time.monotonic() - self._copied > _COPY_SECONDS:
+                self._copy()
+        except OSError as error:
+            if not self._is_failing:
+                hosts.say(f"metrics of step {step} can't be written yet: {describe(error)}", error=True)
+            self._is_failing = True
+        else:
+            self._is_failing = False
+
+    def _append(self) -> None:
+        """Adds what is pending to metrics.jsonl, all of it or nothing."""
+        with (self._folder / "metrics.jsonl").open("ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            data = "".join(self._pending).encode()
+            try:
+                if file.write(data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+            except OSError:
+                file.truncate(size)
+                raise
+        self._pending = []
 
     def _copy(self) -> None:
-        assert self._events is not None
-        self._events.flush()
         for name in (
             "metrics.jsonl",
             *(f"tensorboard/{file.name}" for file in (self._folder / "tensorboard").iterdir()),
@@ -81,13 +113,17 @@ class MetricsWriter:
         self._copied = time.monotonic()
 
     def close(self) -> None:
-        """Completes the files."""
+        """Completes the files; says what couldn't be written."""
         if self._events is None:
             return
-        self._events.close()
-        if is_remote(self._target):
-            self._copy()
-            shutil.rmtree(self._folder)
+        try:
+            self._append()
+            self._events.close()
+            if is_remote(self._target):
+                self._copy()
+                shutil.rmtree(self._folder)
+        except OSError as error:
+            hosts.say(f"the last lines of metrics.jsonl are not written: {describe(error)}", error=True)
         self._events = None
 
 

@@ -19,6 +19,7 @@ class Task(NamedTuple):
         ValueError if the data of a config don't fit its model.
     make_train_iterator, make_eval_batches: as in `moe.data.pipeline`.
     evaluate(predict, variables, batches): measures by name, of what `Model.score` returns for every batch.
+    name_example(data, index): what messages call an example of the training sequence, see `TrainIterator.indices`.
     """
 
     data: type
@@ -26,6 +27,7 @@ class Task(NamedTuple):
     make_train_iterator: Callable[..., Any]
     make_eval_batches: Callable[..., Any]
     evaluate: Callable[..., dict[str, float]]
+    name_example: Callable[[Any, Any], str]
 
 
 def check_images(data: pipeline.DataConfig, model: ViTConfig) -> dict[str, str]:
@@ -68,8 +70,14 @@ TASKS: Mapping[str, Task] = {
         pipeline.make_train_iterator,
         pipeline.make_eval_batches,
         classify.evaluate,
+        lambda data, index: f"{data.train_split}[{index}]",
     ),
     "text": Task(
-        text.TextConfig, check_text, text.make_text_train_iterator, text.make_text_eval_batches, language.evaluate
+        text.TextConfig,
+        check_text,
+        text.make_text_train_iterator,
+        text.make_text_eval_batches,
+        language.evaluate,
+        lambda data, index: f"{data.sources[index[0]].name} epoch {index[1]} row {index[2]}",
     ),
 }

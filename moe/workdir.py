@@ -13,6 +13,7 @@ from moe import config as config_lib
 from moe.checkpoint import CheckpointError, Checkpoints, complete_steps
 from moe.config import Config
 from moe.files import AnyPath, is_remote, write_whole
+from moe.lock import WorkdirLock
 from moe.models import Model, Variables, make_model
 from moe.parallel import hosts
 from moe.parallel.mesh import MeshConfig, make_mesh, param_shardings
@@ -23,6 +24,11 @@ FREE_FIELDS = (
     "mesh.",
     "checkpoint.",
     "compiler.",
+    "guard.spike",
+    "guard.abort_after",
+    "watchdog_minutes",
+    # Sums in another order.
+    "accumulation_steps",
     "log_every",
     "evaluate_every",
     "steps",
@@ -34,6 +40,7 @@ FREE_FIELDS = (
     "optimizer.final_fraction",
     "data.data_dir",
     "data.in_memory",
+    "data.corrupt",
     "data.threads",
     "data.workers",
     "data.prefetch",
@@ -42,11 +49,18 @@ FREE_FIELDS = (
 )
 
 
-def open_workdir(workdir: AnyPath, config: ml_collections.ConfigDict) -> list[str]:
-    """Makes the folder the run's own and writes its config.json; returns the differences to a config already there.
+class Opened(NamedTuple):
+    """A workdir that is this run's until `lock` is closed; how the config differs from the one that began the run."""
 
-    Of several processes the first writes. Raises ValueError if the folder holds another config's checkpoints, OSError
-    if it can't be written, or isn't the same for every process.
+    differences: list[str]
+    lock: WorkdirLock | None
+
+
+def open_workdir(workdir: AnyPath, config: ml_collections.ConfigDict) -> Opened:
+    """Makes the folder the run's own and writes its config.json.
+
+    Of several processes the first writes, and locks. Raises ValueError if the folder is in use or holds another
+    config's checkpoints, OSError if it can't be written, or isn't the same for every process.
     """
     _check_writable(workdir)
     path = workdir / "config.json"
@@ -62,7 +76,7 @@ def open_workdir(workdir: AnyPath, config: ml_collections.ConfigDict) -> list[st
                 f"{workdir} holds checkpoints of another config, which differs in {'; '.join(refused)}: "
                 "choose another --workdir, or set these fields back."
             )
-    hosts.wait("every process has read config.json")
+    lock = _lock(workdir)
     if hosts.is_first():
         write_whole(path, config_lib.to_json(config))
     hosts.wait("config.json is written")
@@ -71,7 +85,21 @@ def open_workdir(workdir: AnyPath, config: ml_collections.ConfigDict) -> list[st
             f"workdir {workdir} isn't the same folder for the {jax.process_count()} processes of this run: choose one "
             "on storage that they share, such as gs://BUCKET/runs/NAME."
         )
-    return differences
+    return Opened(differences, lock)
+
+
+def _lock(workdir: AnyPath) -> WorkdirLock | None:
+    """The first process's lock; raises ValueError in all where it has none."""
+    lock: WorkdirLock | None = None
+    refusal: ValueError | None = None
+    if hosts.is_first():
+        try:
+            lock = WorkdirLock(workdir)
+        except ValueError as error:
+            refusal = error
+    if not hosts.agree(refusal is None):
+        raise refusal or ValueError(f"{workdir} is in use by another run, as the first process says.")
+    return lock
 
 
 def _check_writable(workdir: AnyPath) -> None:

@@ -172,7 +172,7 @@ def test_a_save_that_is_cut_off_is_not_seen(server: GcsServer, folder: epath.Pat
     checkpoints.wait()
     with server.failing(f"POST .*{folder.name}/2/state/manifest.ocdbt", 403, count=10**9):
         checkpoints.save(2, state(2, sharding), {})
-        with pytest.raises(ValueError, match="the test wants 403 here"):
+        with pytest.raises(CheckpointError, match="the test wants 403 here"):
             checkpoints.wait()
     checkpoints = Checkpoints(folder, keep=3)
     checkpoints.save(3, state(3, sharding), {})

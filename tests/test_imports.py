@@ -22,7 +22,8 @@ ORDER = [
         "moe.checksums",
         "moe.guard",
         "moe.saves",
-        "moe.watch",
+        "moe.lock",
+        "moe.watchdog",
         "moe.metrics",
         "moe.unstacked",
         "moe.compiler",
@@ -33,8 +34,9 @@ ORDER = [
     ["moe.workdir", "moe.cli"],
     ["moe.generate", "moe.convert"],
     ["moe.initial", "moe.plan"],
+    ["moe.watch"],
     ["train"],
-    ["evaluate", "plan"],
+    ["evaluate", "plan", "replay"],
 ]
 RANK = {place: rank for rank, places in enumerate(ORDER) for place in places}
 # Plain JAX up to the layers, and no mesh before there is one.
@@ -64,6 +66,7 @@ def sources() -> list[tuple[str, Path]]:
         REPOSITORY / "train.py",
         REPOSITORY / "evaluate.py",
         REPOSITORY / "plan.py",
+        REPOSITORY / "replay.py",
     ]
     dotted = [".".join(path.relative_to(REPOSITORY).with_suffix("").parts) for path in files]
     named = [(name.removesuffix(".__init__"), path) for name, path in zip(dotted, files, strict=True)]

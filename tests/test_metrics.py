@@ -86,3 +86,4 @@ def test_a_clock_goes_on_where_the_last_line_is_an_evaluations(tmp_path: Path, t
     clock.resume(writer.last)
     time.now += 10
     assert clock.values()["time/training_seconds"] == 40
+    writer.close()

@@ -64,5 +64,5 @@ def get_imagenet() -> ml_collections.ConfigDict:
         "b2": 0.999,
         "clip_norm": 1.0,
     }
-    config.checkpoint = {"every": 1000, "keep": 3}
+    config.checkpoint = parts.checkpoint(every=1000, keep=3)
     return config

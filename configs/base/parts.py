@@ -14,9 +14,17 @@ def new_config(**changes: Any) -> ml_collections.ConfigDict:
         "loss": "softmax",
         "init_from": "",
         "compiler": {"preset": "default", "options": (), "cache": ""},
+        "guard": {"spike": 0.0, "window": 128, "abort_after": 10},
+        "watchdog_minutes": 30.0,
         "upcycle": {"method": "copy", "noise": 0.0, "drop": 0.0, "output_scale": 1.0},
     }
     return ml_collections.ConfigDict(fields | changes)
+
+
+def checkpoint(**changes: Any) -> dict[str, Any]:
+    """The fields of `checkpoint`."""
+    fields = {"every": 500, "minutes": 0.0, "keep": 3, "keep_best": 0, "best": "loss"}
+    return fields | changes
 
 
 def softmax(**changes: Any) -> dict[str, Any]:

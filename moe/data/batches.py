@@ -121,6 +121,10 @@ class TrainIterator(grain.DatasetIterator):
         self.close()
         self._examples = state["examples"]
 
+    def indices(self, examples: int) -> list[Any]:
+        """What the parent calls the examples of the batch, of all hosts, that begins behind so many examples."""
+        return [self._sequence[examples + row] for row in range(self._share.batch_size)]
+
     def start_prefetch(self) -> None:
         """Begins to read ahead from the current position, where the config says so."""
         if self._reader is None:

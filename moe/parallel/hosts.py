@@ -1,5 +1,6 @@
 """The processes of a run, on one host or many: how they find each other, what only the first does, when all stop."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -63,7 +64,9 @@ def is_first() -> bool:
 def say(*lines: str, error: bool = False) -> None:
     """Prints lines once, however many processes there are."""
     if lines and is_first():
-        print(*lines, sep="\n", file=sys.stderr if error else sys.stdout, flush=True)
+        # Where the disk of a log is full, the run goes on.
+        with contextlib.suppress(OSError):
+            print(*lines, sep="\n", file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def wait(name: str) -> None:
@@ -77,6 +80,13 @@ def agree(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(np.all(multihost_utils.process_allgather(np.array(value))))
+
+
+def follow(value: bool) -> bool:
+    """The value that the first process has; all have to ask."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
 class StopSignal:
