@@ -46,7 +46,7 @@ from moe.parallel.mesh import (
 from moe.plan import analytic
 from moe.plan.chips import peak_flops
 from moe.profile import Profile, parse_steps
-from moe.tasks import TASKS, caution
+from moe.tasks import TASKS, caution, shortage
 from moe.types import PyTree
 from moe.unstacked import Loop, make_loop, stack
 from moe.workdir import open_workdir
@@ -234,6 +234,7 @@ def train(
         mesh = make_mesh(config.mesh)
         task = TASKS[config.model.task]
         facts = task.check_data(config.data, config.model)
+        notices = [shortage(config.data, config.batch_size, jax.process_count())]
         step = make_step(config, mesh)
         rows = local_rows(mesh, config.batch_size)
         examples = task.make_train_iterator(config.data, config.batch_size, config.seed, rows=rows)
@@ -243,8 +244,8 @@ def train(
         for difference in open_workdir(workdir, table):
             hosts.say(f"the config differs from the one that began this run: {difference}")
     hosts.say(*(f"{name}: {value}" for name, value in facts.items()))
-    if notice := caution(config.model, config.moe, config.router):
-        hosts.say(notice)
+    notices.append(caution(config.model, config.moe, config.router))
+    hosts.say(*filter(None, notices))
     with cli.usage_errors():
         train_step = compile_step(lowered, step.compiler_options)
 
@@ -269,6 +270,7 @@ def train(
             is_stopping = stop.is_due(index) and index < config.steps
             if is_stopping or is_due(index, config.log_every, config.steps):
                 values = log_values(jax.device_get(metrics), config) | rates.since_last(index) | clock.values()
+                values |= {"data/skipped": examples.skipped} if examples.skipped else {}
                 writer.write(index, values)
                 progress.log(index, values["train/loss"], values["examples_per_second"])
             if is_stopping or is_due(index, config.checkpoint.every, config.steps):
