@@ -2,7 +2,7 @@
 
     python replay.py --workdir=runs/digits [--step=N] [--debug-nans]
 
-Without --step it is the first of the last row of updates that were left out (bad_steps.jsonl). The step is computed
+Without --step: the first of the last row of updates that were left out (bad_steps.jsonl). The step is computed
 from the state that it had: that of a checkpoint behind it, where all updates in between were left out, or else of one
 before it, with the steps from there run again. Nothing is written. --debug-nans looks for the line of code where the
 first number is made that isn't finite, operation by operation.

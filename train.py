@@ -48,7 +48,7 @@ from moe.plan import analytic
 from moe.plan.chips import peak_flops
 from moe.profile import Profile, parse_steps
 from moe.saves import Saves
-from moe.tasks import TASKS, caution
+from moe.tasks import TASKS, caution, shortage
 from moe.types import PyTree
 from moe.unstacked import Loop, make_loop, stack
 from moe.watch import Watch
@@ -238,6 +238,7 @@ def train(
         mesh = make_mesh(config.mesh)
         task = TASKS[config.model.task]
         facts = task.check_data(config.data, config.model)
+        notices = [shortage(config.data, config.batch_size, jax.process_count())]
         step = make_step(config, mesh)
         rows = local_rows(mesh, config.batch_size)
         examples = task.make_train_iterator(config.data, config.batch_size, config.seed, rows=rows)
@@ -247,8 +248,8 @@ def train(
         differences, lock = open_workdir(workdir, table)
     hosts.say(*(f"the config differs from the one that began this run: {difference}" for difference in differences))
     hosts.say(*(f"{name}: {value}" for name, value in facts.items()))
-    if notice := caution(config.model, config.moe, config.router):
-        hosts.say(notice)
+    notices.append(caution(config.model, config.moe, config.router))
+    hosts.say(*filter(None, notices))
     with cli.usage_errors():
         train_step = compile_step(lowered, step.compiler_options)
 
@@ -280,6 +281,7 @@ def train(
             is_logged = is_stopping or is_due(index, config.log_every, config.steps)
             if is_logged:
                 values = log_values(jax.device_get(metrics), config) | rates.since_last(index) | clock.values()
+                values |= {"data/skipped": examples.skipped} if examples.skipped else {}
                 writer.write(index, values)
                 progress.log(index, values["train/loss"], values["examples_per_second"])
                 gave_up = watch.look(values)

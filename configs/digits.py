@@ -27,6 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
         "threads": 1,
         "workers": 0,
         "prefetch": 4,
+        "corrupt": "stop",
         # For sets that are stored as photographs.
         "photo": {
             "min_area": 0.0,

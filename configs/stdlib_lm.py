@@ -34,6 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
         "threads": 1,
         "workers": 0,
         "prefetch": 4,
+        "corrupt": "stop",
     }
     config.model = {
         "name": "lm",

@@ -7,6 +7,7 @@ from moe.data import pipeline, text
 from moe.evaluation import classify, language
 from moe.layers.moe import MoeConfig
 from moe.models import LmConfig, ModelConfig, ViTConfig
+from moe.parallel import hosts
 from moe.routers import ROUTERS, Router
 from moe.routers.causality import sees_later_tokens
 
@@ -31,13 +32,18 @@ class Task(NamedTuple):
 
 
 def check_images(data: pipeline.DataConfig, model: ViTConfig) -> dict[str, str]:
-    """Nothing to record. Raises ValueError if the images or their classes don't fit the model."""
+    """Nothing to record; says what examples are skipped, of those that are looked at (`pipeline.check_labels`).
+
+    Raises ValueError if the images or their classes don't fit the model, OSError if an example can't be used and is not
+    to be skipped.
+    """
     info = pipeline.inspect_data(data)
     if info.classes != model.num_classes or info.image_shape != tuple(model.image_size):
         raise ValueError(
             f"data set {data.name} has {info.classes} classes and images of {info.image_shape}, but "
             f"model.num_classes = {model.num_classes} and model.image_size = {model.image_size}."
         )
+    hosts.say(*pipeline.check_labels(data))
     return {}
 
 
@@ -50,6 +56,30 @@ def check_text(data: text.TextConfig, model: LmConfig) -> dict[str, str]:
         raise ValueError(f"data.length = {data.length} tokens exceed model.length = {model.length}.")
     text.check_vocabulary(data, model.vocab_size)
     return {f"manifest/{name}": sha256 for name, sha256 in text.inspect_text(data).manifests.items()}
+
+
+def shortage(data: pipeline.DataConfig | text.TextConfig, batch_size: int, processes: int) -> str:
+    """A sentence on a training split that is smaller than a batch, or "".
+
+    Raises ValueError if it has fewer examples than there are processes.
+    """
+    if isinstance(data, text.TextConfig):
+        examples, name = text.inspect_text(data).train_examples, f"rows of {data.length} tokens"
+        remedy = "more text or a smaller data.length"
+    else:
+        examples, name = pipeline.inspect_data(data).train_examples, "examples"
+        remedy = "a larger data.train_split"
+    if examples < processes:
+        raise ValueError(
+            f"data.train_split = {data.train_split!r} has {examples} {name}, fewer than the {processes} processes of "
+            f"this run: choose {remedy}, or run fewer processes."
+        )
+    if examples < batch_size:
+        return (
+            f"data.train_split = {data.train_split!r} has {examples} {name}, fewer than a batch of {batch_size}: every "
+            f"batch holds some of them more than once; choose {remedy}, or a smaller batch_size."
+        )
+    return ""
 
 
 def caution(model: ModelConfig, moe: MoeConfig, router: Router) -> str:

@@ -24,6 +24,7 @@ def get_imagenet() -> ml_collections.ConfigDict:
         "threads": 16,
         "workers": 0,
         "prefetch": 2,
+        "corrupt": "stop",
         "augment": {"shift": 0.0, "rotate_degrees": 0.0, "scale": 0.0, "flip": False, "shear_degrees": 0.0},
         "photo": {
             "min_area": 0.05,

@@ -25,6 +25,7 @@ def get_lm() -> ml_collections.ConfigDict:
         "threads": 2,
         "workers": 0,
         "prefetch": 4,
+        "corrupt": "stop",
     }
     config.model = {
         "name": "lm",

@@ -87,10 +87,14 @@ class HostBatches(grain.MapDataset):
 
 
 class TrainIterator(grain.DatasetIterator):
-    """An endless iterator over batches whose position can be saved: {"examples": how many all hosts have consumed}.
+    """An endless iterator over batches whose position can be saved: {"examples": how many all hosts have consumed, …}.
 
-    The state is plain JSON, and the same on every host: what one host saved restores any number of hosts, with any
-    number of threads and workers, and another batch size as well. Close it when done, so that workers end in order.
+    The state is plain JSON. The position in it is the same on every host: what one host saved restores any number of
+    hosts, with any number of threads and workers, and another batch size as well. Beside it stands "skipped", which
+    only counts and changes no batch. Close the iterator when done, so that workers end in order.
+
+    skipped: how many rows of this host had an example so far that was skipped, by the batches' own "skipped"; after a
+        resume on top of those that the saved state counts, which are those of the host that saved it.
     """
 
     _reader: grain.DatasetIterator | None = None
@@ -103,6 +107,7 @@ class TrainIterator(grain.DatasetIterator):
         self._read = read
         self._config = config
         self._examples = 0
+        self.skipped = 0
 
     def __next__(self) -> Batch:
         """The next batch: this host's rows of it."""
@@ -110,16 +115,19 @@ class TrainIterator(grain.DatasetIterator):
         assert self._reader is not None
         batch = next(self._reader)
         self._examples += self._share.batch_size
+        if "skipped" in batch:
+            self.skipped += int(np.sum(batch["skipped"]))
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """The position of the next batch."""
-        return {"examples": self._examples}
+        """The position of the next batch, and the count of what was skipped before."""
+        return {"examples": self._examples, "skipped": self.skipped}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a position that `get_state` returned."""
+        """Goes to a position that `get_state` returned; without "skipped", nothing was."""
         self.close()
         self._examples = state["examples"]
+        self.skipped = state.get("skipped", 0)
 
     def indices(self, examples: int) -> list[Any]:
         """What the parent calls the examples of the batch, of all hosts, that begins behind so many examples."""

@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Int64, Integer, UInt32
 
 from moe.data.documents import Document, Documents, Source, count_names, name_document, open_documents
+from moe.data.records import Damage
 from moe.data.tokenizer import NotUtf8Error, Tokenizer, TokenizerConfig, identify_tokenizer, open_tokenizer
 
 _FORMAT = 1
@@ -67,7 +68,9 @@ class _DamageError(Exception):
 def open_corpus(
     source: Source, split: str, tokenizer: TokenizerConfig, data_dir: str, cache_dir: str, with_sizes: bool
 ) -> Corpus:
-    """A split of a source, tokenised now or before; documents without text are left out, which is said.
+    """A split of a source, tokenised now or before.
+
+    Documents without text are left out, and where the source says so those that can't be read, which is said.
 
     Args:
         source: where documents come from.
@@ -78,12 +81,13 @@ def open_corpus(
         with_sizes: whether the bytes of each token are wanted, which takes 4 more bytes per token.
 
     Raises:
-        ValueError: as `open_documents`, `open_tokenizer` and `Documents.read`; a text is not UTF-8 and has to be; or
-            there is no text.
+        ValueError: as `open_documents`, `open_tokenizer` and `Documents.read`; a document can't be read, or is not
+            UTF-8 and has to be, and is not to be skipped; or there is no text.
         OSError: `cache_dir` cannot be written.
     """
     documents = open_documents(source, split, data_dir)
-    identity = [_FORMAT, sys.byteorder, documents.identity, identify_tokenizer(tokenizer), with_sizes]
+    identity: list[Any] = [_FORMAT, sys.byteorder, documents.identity, identify_tokenizer(tokenizer), with_sizes]
+    identity += [source.corrupt] if source.corrupt != "stop" else []
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     name = "".join(letter if letter.isalnum() else "-" for letter in documents.label)[-60:].strip("-")
     folder = Path(cache_dir) / f"{name}-{key[:16]}"
@@ -223,11 +227,20 @@ def _tokenise(folder: Path, documents: Documents, tokenizer: Tokenizer, with_siz
     digest = hashlib.sha256()
     tokens = size = count = 0
     empty: list[str] = []
+    damaged: list[str] = []
+    reason = ""
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in names}
         for document in documents.read():
             name = name_document(documents.files, documents.unit, document.file, document.place)
-            written = _tokenise_document(files, dtype, name, document, tokenizer)
+            try:
+                written = _tokenise_document(files, dtype, name, document, tokenizer)
+            except DocumentError as error:
+                if not documents.skips:
+                    raise ValueError(f"{error} (data.corrupt=skip leaves such documents out)") from error
+                damaged.append(name)
+                reason = reason or str(error)
+                continue
             if written is None:
                 empty.append(name)
                 continue
@@ -238,8 +251,13 @@ def _tokenise(folder: Path, documents: Documents, tokenizer: Tokenizer, with_siz
             tokens, size, count = tokens + written.tokens, size + written.size, count + 1
         files["starts"].write(np.int64(tokens).tobytes())
     if not count:
-        raise ValueError(f"data {documents.label} has no text: {documents.remedy}")
+        lost = f", as {count_names(damaged, 'document')} can't be read ({reason})" if damaged else ""
+        raise ValueError(f"data {documents.label} has no text{lost}: {documents.remedy}")
     notes = [f"{documents.label}: {count_names(empty, 'document')} without text left out"] if empty else []
+    if damaged:
+        notes.append(
+            f"{documents.label}: {count_names(damaged, 'document')} that can't be read left out; the first: {reason}"
+        )
     return {
         "label": documents.label,
         "files": documents.files,
@@ -251,6 +269,10 @@ def _tokenise(folder: Path, documents: Documents, tokenizer: Tokenizer, with_siz
         "sha256": digest.hexdigest(),
         "notes": [*documents.notes, *notes],
     }
+
+
+class DocumentError(ValueError):
+    """A document can't be read; the message is the whole sentence."""
 
 
 class _Written(NamedTuple):
@@ -265,7 +287,13 @@ class _Written(NamedTuple):
 def _tokenise_document(
     files: Mapping[str, BinaryIO], dtype: np.dtype, name: str, document: Document, tokenizer: Tokenizer
 ) -> _Written | None:
-    """Writes the tokens of a document, and their sizes if there is a file for them; None if it has no text."""
+    """Writes the tokens of a document, and their sizes if there is a file for them; None if it has no text.
+
+    Raises DocumentError for one that can't be read, of which nothing is left in the files.
+    """
+    if isinstance(document.pieces, Damage):
+        raise DocumentError(document.pieces.reason)
+    places = {file: file.tell() for file in files.values()}
     digest = hashlib.sha256()
     size = ended = tokens = 0
     for piece in document.pieces:
@@ -280,10 +308,12 @@ def _tokenise_document(
                 ended = size + int(ends[-1]) if len(ends) else ended
             else:
                 ids = tokenizer.encode(piece)
-        except NotUtf8Error as error:
-            raise ValueError(f"{name}: {NotUtf8Error(size + error.position)}") from error
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            for file, place in places.items():
+                file.seek(place)
+                file.truncate()
+            said = NotUtf8Error(size + error.position) if isinstance(error, NotUtf8Error) else error
+            raise DocumentError(f"{name}: {said}") from error
         files["tokens"].write(ids.astype(dtype).tobytes())
         digest.update(piece)
         size += len(piece)

@@ -7,17 +7,19 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import pyarrow
 from pyarrow import parquet
 
-from moe.data.source import open_builder, open_split
+from moe.data.records import Corrupt, Damage, Records
+from moe.data.source import open_builder
 from moe.data.stdlib import held_out, is_low
 
 FORMATS = ("text", "jsonl", "parquet")
 _READ = 1024  # examples of a tfds set, or rows of a Parquet file, that are read at once
 _BLOCK = 2**24  # bytes of a text file that are read at once
+_PARQUET = (pyarrow.ArrowException, OSError)  # what pyarrow raises on damage
 # Against files without any document of a split; the second: whether there are test_paths.
 _REMEDIES = {
     ("train", True): "name other files in data.paths",
@@ -37,7 +39,8 @@ class Source:
     "parquet": one per row. field: key or column of the text, in JSONL and Parquet; feature, in tfds sets.
     test_paths: files of the test split; if there are none, it is the documents of the others whose texts hash lowest
     (5 %), so that copies of a text stay on the same side. train_split, test_split: of a tfds set, also slices:
-    "train[:10%]"; files have train and test.
+    "train[:10%]"; files have train and test. corrupt: what to do about documents that can't be read: "stop" with an
+    error that names file and place, or "skip", name and count them.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Source:
     field: str = "text"
     train_split: str = "train"
     test_split: str = "test"
+    corrupt: Corrupt = "stop"
 
     @property
     def is_files(self) -> bool:
@@ -56,11 +60,19 @@ class Source:
 
 
 class Document(NamedTuple):
-    """A document: the number of its file, its place there (see `Documents.name`), and its text, in pieces."""
+    """A document: the number of its file, its place there (see `name_document`), and its text, in pieces.
+
+    Damage, instead of a text, has the whole sentence about it; place 0 among lines or rows is that of their file, where
+    all of it can't be read.
+    """
 
     file: int
     place: int
-    pieces: Iterable[bytes]
+    pieces: Iterable[bytes] | Damage
+
+
+# What a reader of files yields: place and text.
+Read: TypeAlias = Iterator[tuple[int, Iterable[bytes] | Damage]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +82,8 @@ class Documents:
     label: name of the split, for messages. files: names of what documents are numbered in: of files, or of the set.
     unit: what a document is there: "line", "row", "example"; "" if a file is a document. identity: plain data that
     change when what is read does: names, sizes and times of change of all files, not their contents. read: all
-    documents in order; raises ValueError where one cannot be read. remedy: what to do if there are none. notes:
-    what is left out.
+    documents in order, also damaged ones. remedy: what to do if there are none. notes: what is left out. skips: whether
+    damaged ones are left out, too.
     """
 
     label: str
@@ -81,11 +93,13 @@ class Documents:
     read: Callable[[], Iterator[Document]]
     remedy: str
     notes: tuple[str, ...] = ()
+    skips: bool = False
 
 
 def name_document(files: Sequence[str], unit: str, file: int, place: int) -> str:
     """What a message calls a document, such as "a.jsonl, line 3"."""
-    return f"{files[file]}, {unit} {place}" if unit else files[file]
+    of_whole = unit in ("line", "row") and not place  # those count from 1
+    return files[file] if of_whole or not unit else f"{files[file]}, {unit} {place}"
 
 
 def open_documents(source: Source, split: str, data_dir: str) -> Documents:
@@ -107,26 +121,32 @@ def _open_set(source: Source, split: str, data_dir: str) -> Documents:
             f"data set {info.full_name} has no feature {source.field!r} (it has {', '.join(info.features)}): set "
             "data.field"
         )
-    label = f"{info.full_name}[{split}]"
-    examples = open_split(builder, split)
+    records = Records(builder, split)
+    label = records.name
     stored = sorted(path for path in Path(builder.data_dir).iterdir() if path.is_file())
     return Documents(
         label=label,
         files=(label,),
         unit="example",
         identity={"set": label, "field": source.field, "files": [_stamp(path) for path in stored]},
-        read=functools.partial(_read_set, examples, source.field, label),
+        read=functools.partial(_read_set, records, source.field),
         remedy="choose another split",
+        skips=source.corrupt == "skip",
     )
 
 
-def _read_set(examples: Any, field: str, label: str) -> Iterator[Document]:
-    for start in range(0, len(examples), _READ):
-        indices = range(start, min(start + _READ, len(examples)))
-        for index, example in zip(indices, examples.__getitems__(list(indices)), strict=True):
+def _read_set(records: Records, field: str) -> Iterator[Document]:
+    for start in range(0, len(records), _READ):
+        indices = range(start, min(start + _READ, len(records)))
+        for index, example in zip(indices, records.fetch(indices), strict=True):
+            if isinstance(example, Damage):
+                yield Document(0, index, Damage(f"{records.describe(index, example.reason)}; prepare the set again"))
+                continue
             text = example[field]
             if not isinstance(text, str | bytes):
-                raise ValueError(f"feature {field!r} of data set {label} is not text: set data.field to one that is")
+                raise ValueError(
+                    f"feature {field!r} of data set {records.name} is not text: set data.field to one that is"
+                )
             yield Document(0, index, (text.encode() if isinstance(text, str) else text,))
 
 
@@ -154,11 +174,12 @@ def _open_files(source: Source, split: str) -> Documents:
         read=functools.partial(_read_files, read, found, source.field, side),
         remedy=_REMEDIES[split, bool(source.test_paths)],
         notes=(f"{label}: {count_names(empty, 'empty file')} left out",) if empty else (),
+        skips=source.corrupt == "skip",
     )
 
 
 def _read_files(
-    read: Callable[[str, str, bool | None], Iterator[tuple[int, Iterable[bytes]]]],
+    read: Callable[[str, str, bool | None], Read],
     paths: Sequence[str],
     field: str,
     side: bool | None,
@@ -196,7 +217,7 @@ def _expand(paths: Sequence[str]) -> tuple[list[str], list[str]]:
     return [path for path in once if path not in set(empty)], empty
 
 
-def _text(path: str, field: str, side: bool | None) -> Iterator[tuple[int, Iterable[bytes]]]:
+def _text(path: str, field: str, side: bool | None) -> Read:
     del field
     if side is not None:
         with open(path, "rb") as file:
@@ -221,52 +242,77 @@ def _pieces(path: str) -> Iterator[bytes]:
     yield rest + block
 
 
-def _jsonl(path: str, field: str, side: bool | None) -> Iterator[tuple[int, Iterable[bytes]]]:
+def _jsonl(path: str, field: str, side: bool | None) -> Read:
     offset = 0
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             start, offset = offset, offset + len(line)
             if not line.strip():
                 continue
-            try:
-                document = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: byte {start + error.start} of the file is not UTF-8, as JSON has to be: "
-                    "convert the file, or is data.format right?"
-                ) from error
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number} is not JSON ({error}): is data.format right?") from error
-            if not isinstance(document, dict) or not isinstance(document.get(field), str):
-                raise ValueError(
-                    f"{path}, line {number} has no text in field {field!r}: correct data.field or the line"
-                )
-            # A lone surrogate is valid JSON and no valid text; the tokenizer decides about its bytes.
-            text = document[field].encode(errors="surrogatepass")
-            if side is None or held_out(text) == side:
+            text = _parse(line, field, start)
+            if isinstance(text, Damage):
+                yield number, Damage(f"{path}, line {number}{text.reason}")
+            elif side is None or held_out(text) == side:
                 yield number, (text,)
 
 
-def _parquet(path: str, field: str, side: bool | None) -> Iterator[tuple[int, Iterable[bytes]]]:
+def _parse(line: bytes, field: str, start: int) -> bytes | Damage:
+    """The text in a line of JSON that starts at this byte of its file, or how the sentence about the line goes on."""
     try:
-        file = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"file {path} is not Parquet ({error}): is data.format right?") from error
+        document = json.loads(line)
+    except UnicodeDecodeError as error:
+        return Damage(
+            f": byte {start + error.start} of the file is not UTF-8, as JSON has to be: convert the file, or is "
+            "data.format right?"
+        )
+    except (ValueError, RecursionError) as error:
+        return Damage(f" is not JSON ({error}): is data.format right?")
+    if not isinstance(document, dict) or not isinstance(document.get(field), str):
+        return Damage(f" has no text in field {field!r}: correct data.field or the line")
+    # A lone surrogate is valid JSON and no valid text; the tokenizer decides about its bytes.
+    return document[field].encode(errors="surrogatepass")
+
+
+def _parquet(path: str, field: str, side: bool | None) -> Read:
+    try:
+        file = parquet.ParquetFile(path, page_checksum_verification=True)
+    except _PARQUET as error:
+        _check_access(error)
+        yield 0, Damage(f"file {path} is not Parquet or damaged ({error}): is data.format right?")
+        return
     with file:
         if field not in file.schema_arrow.names:
             columns = ", ".join(file.schema_arrow.names)
             raise ValueError(f"file {path} has no column {field!r} (it has {columns}): correct data.field")
-        row = 0
-        for batch in file.iter_batches(batch_size=_READ, columns=[field]):
-            column = batch.column(0)
-            if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-                # As bytes: only the tokenizer knows whether they have to be UTF-8.
-                column = column.view(pyarrow.binary() if column.type == pyarrow.string() else pyarrow.large_binary())
-            for text in column.to_pylist():
-                row += 1
-                if not isinstance(text, str | bytes):
-                    raise ValueError(
-                        f"{path}, row {row} has no text in column {field!r}: correct data.field or the row"
-                    )
-                if side is None or held_out(text) == side:
-                    yield row, (text.encode() if isinstance(text, str) else text,)
+        row = end = 0
+        for group in range(file.num_row_groups):
+            row, end = end, end + file.metadata.row_group(group).num_rows
+            try:
+                for text in _column(file, group, field):
+                    row += 1
+                    if not isinstance(text, str | bytes):
+                        reason = f"{path}, row {row} has no text in column {field!r}: correct data.field or the row"
+                        yield row, Damage(reason)
+                    elif side is None or held_out(text) == side:
+                        yield row, (text.encode() if isinstance(text, str) else text,)
+            except _PARQUET as error:
+                _check_access(error)
+                # Pages are compressed one after another: without this one there is no way to the rest of the group.
+                reason = f"{path} is damaged ({error}): its rows {row + 1} to {end} can't be read; write the file again"
+                yield from ((lost, Damage(reason)) for lost in range(row + 1, end + 1))
+
+
+def _check_access(error: Exception) -> None:
+    """Raises the error again if it is the system's, which is none of the file's contents."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+
+
+def _column(file: parquet.ParquetFile, group: int, field: str) -> Iterator[Any]:
+    """The values of a column in a row group."""
+    for batch in file.iter_batches(batch_size=_READ, row_groups=[group], columns=[field]):
+        column = batch.column(0)
+        if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+            # As bytes: only the tokenizer knows whether they have to be UTF-8.
+            column = column.view(pyarrow.binary() if column.type == pyarrow.string() else pyarrow.large_binary())
+        yield from column.to_pylist()

@@ -7,18 +7,18 @@ on nothing else, as in `moe.data.augment`. Nothing here needs TensorFlow.
 import dataclasses
 import io
 import math
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import Float, Float32, Int, Int32, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from moe.data import randaugment
 from moe.data.augment import DRAWS as AUGMENT_DRAWS
 from moe.data.augment import uniform
 from moe.data.randaugment import RandAugment
-from moe.data.source import check_features, open_split
+from moe.data.records import Corrupt, ImageRecords, Rows, check_features
 
 _CROP_DRAWS = 5  # ratio, height, top, left, flip
 
@@ -64,7 +64,13 @@ class PhotoSplit:
     """One split of an image classification set that stores JPEG or PNG, whose examples can be read in any order."""
 
     def __init__(
-        self, builder: tfds.core.DatasetBuilder, split: str, size: int, config: PhotoConfig, in_memory: bool = False
+        self,
+        builder: tfds.core.DatasetBuilder,
+        split: str,
+        size: int,
+        config: PhotoConfig,
+        in_memory: bool = False,
+        corrupt: Corrupt = "stop",
     ) -> None:
         """Opens `split` of a prepared set.
 
@@ -74,9 +80,11 @@ class PhotoSplit:
             size: height and width of the images.
             config: crops and augmentation.
             in_memory: whether to read all of it now and hold it, still encoded.
+            corrupt: what to do about examples that can't be used.
 
         Raises:
             ValueError: as `moe.data.source.ImageSplit`; or the shorter side is resized to less than the crop.
+            OSError: as `read`, where it is read now.
         """
         if 0 < config.resize < size:
             raise ValueError(
@@ -84,37 +92,50 @@ class PhotoSplit:
                 f"least {size}, or 0"
             )
         check_features(builder)
-        self._examples: Any = open_split(builder, split, {"image": tfds.decode.SkipDecoding()})
-        self._name = f"{builder.info.full_name}[{split}]"
-        self._files = [
-            (instruction.filename, instruction.skip, instruction.take)
-            for instruction in builder.info.splits[split].file_instructions
-        ]
+        channels = 1 if builder.info.features["image"].shape[-1] == 1 else 3
+        decoders = {"image": tfds.decode.SkipDecoding()}
+        self._records = ImageRecords(builder, split, (size, size, channels), corrupt, decoders)
         self._size = size
         self._config = config
-        self._mode = "L" if builder.info.features["image"].shape[-1] == 1 else "RGB"
+        self._mode = "L" if channels == 1 else "RGB"
         if in_memory:
-            self._examples = _Held(self._examples.__getitems__(list(range(len(self._examples)))))
+            self._records.hold(_as_stored)
 
     def __len__(self) -> int:
         """How many examples the split holds."""
-        return len(self._examples)
+        return len(self._records)
 
     def __repr__(self) -> str:
         """The set, its version, the split and the size of the images."""
-        return f"PhotoSplit({self._name}, size={self._size})"
+        return f"PhotoSplit({self._records.name}, size={self._size})"
 
-    def read(self, index: Int[np.ndarray, "B"]) -> tuple[Float32[np.ndarray, "B h w c"], Int32[np.ndarray, "B"]]:
-        """The central crops, float32 in `value_range`, and labels, int32, of the examples at these places.
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Height, width and channels of the images."""
+        return self._records.shape
 
-        Raises OSError for an image that can't be decoded.
+    def check(self) -> str:
+        """See `ImageRecords.check`."""
+        return self._records.check()
+
+    def read(self, index: Int[np.ndarray, "B"]) -> Rows:
+        """The central crops, float32 in `value_range`, and labels of the examples at these places.
+
+        Rows of examples that are skipped are blank. Raises OSError for an example that can't be used and is not to be
+        skipped.
         """
-        return self._read(index, lambda row, data: central_crop(data, self._size, self._config.resize, self._mode))
 
-    def read_train(
-        self, index: Int[np.ndarray, "B"], positions: Int[np.ndarray, "B"], seed: int
-    ) -> tuple[Float32[np.ndarray, "B h w c"], Int32[np.ndarray, "B"]]:
-        """The examples at these places as training sees them at these positions of its sequence; else as `read`."""
+        def one(row: int, data: bytes) -> Image.Image:
+            return central_crop(data, self._size, self._config.resize, self._mode)
+
+        return self._read(index, one, replace=False)
+
+    def read_train(self, index: Int[np.ndarray, "B"], positions: Int[np.ndarray, "B"], seed: int) -> Rows:
+        """The examples at these places as training sees them at these positions of its sequence.
+
+        An example that is skipped is replaced by the next one, and that is cut out as this one would have been. Else as
+        `read`.
+        """
         config = self._config
         layers = config.randaugment.layers
         count = _CROP_DRAWS + layers * randaugment.DRAWS
@@ -132,42 +153,21 @@ class PhotoSplit:
             operations = mine[_CROP_DRAWS:].reshape(layers, randaugment.DRAWS)
             return randaugment.randaugment(image, operations, config.randaugment.magnitude)
 
-        return self._read(index, one)
+        return self._read(index, one, replace=True)
 
-    def _read(self, index: np.ndarray, one: Any) -> tuple[np.ndarray, np.ndarray]:
-        examples = self._examples.__getitems__(index.tolist())
-        images = np.stack(
-            [self._pixels(row, place, examples[row]["image"], one) for row, place in enumerate(index.tolist())]
-        )
-        low, high = self._config.value_range
-        scaled = np.multiply(images, np.float32((high - low) / 255), dtype=np.float32)
-        scaled += np.float32(low)
-        return scaled, np.array([example["label"] for example in examples], np.int32)
-
-    def _pixels(self, row: int, place: int, data: bytes, one: Any) -> UInt8[np.ndarray, "h w c"]:
-        try:
+    def _read(self, index: np.ndarray, one: Callable[[int, bytes], Image.Image], replace: bool) -> Rows:
+        def pixels(row: int, data: bytes) -> UInt8[np.ndarray, "h w c"]:
             return np.asarray(one(row, data)).reshape(self._size, self._size, -1)
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow's decoders raise all of them
-            file, inside = self._locate(place)
-            raise OSError(
-                f"the image at index {place} of {self._name} can't be decoded ({error}): it is record {inside} of "
-                f"{file}; prepare the set again"
-            ) from error
 
-    def _locate(self, place: int) -> tuple[str, int]:
-        """The file that holds the example at this place of the split, and the example's place in the file."""
-        for file, skip, take in self._files:
-            if place < take:
-                return file, skip + place
-            place -= take
-        raise IndexError(place)
+        rows = self._records.read(index, pixels, replace)
+        low, high = self._config.value_range
+        scaled = np.multiply(rows.images, np.float32((high - low) / 255), dtype=np.float32)
+        scaled += np.float32(low)
+        return rows._replace(images=scaled)
 
 
-class _Held(list[dict[str, Any]]):
-    """Records in memory, read as from a file."""
-
-    def __getitems__(self, index: list[int]) -> list[dict[str, Any]]:
-        return [self[place] for place in index]
+def _as_stored(data: bytes) -> bytes:
+    return data
 
 
 def central_crop(data: bytes, size: int, resize: int = 0, mode: str = "RGB") -> Image.Image:

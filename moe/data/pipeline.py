@@ -4,6 +4,10 @@ A batch is a dict of NumPy arrays: image, float32 [B, h, w, c] in [0, 1], or in 
 int32 [B]; index, int32 [B], the place of the example in its split; in evaluation also mask, bool [B], False for rows
 that only fill up the last batch.
 
+Where `corrupt` is "skip", there is also skipped, bool [B]: in training, rows whose example can't be used, and that have
+the next one of the split that can, and its index; in evaluation, rows that are blank instead, and whose mask is False.
+Which those are depends on the set alone, so batches remain the same on any number of hosts.
+
 Which examples make up a batch, on any number of hosts, `moe.data.batches` says.
 """
 
@@ -17,6 +21,7 @@ import numpy as np
 from moe.data.augment import Augment, augment
 from moe.data.batches import Batch, HostBatches, Share, TrainIterator, check_seed, read_ahead
 from moe.data.photo import PhotoConfig, PhotoSplit, is_encoded
+from moe.data.records import Corrupt
 from moe.data.source import ImageSplit, open_builder, resolve_data_dir
 
 
@@ -34,6 +39,8 @@ class DataConfig:
     threads: threads that read and decode batches ahead; 0 reads each batch when it is asked for.
     workers: processes that do so instead, each with so many threads; right where decoding keeps Python busy.
     prefetch: batches to hold ready, in each process.
+    corrupt: what to do about an example that can't be read or decoded, whose image has not the set's shape, or whose
+        label is none of its classes: "stop" with an error that names file and place, or "skip", name and count it.
     augment: how training images are moved at random.
     photo: how photographs that are stored as JPEG are cut out, and changed in training.
     """
@@ -48,6 +55,7 @@ class DataConfig:
     threads: int = 1
     workers: int = 0
     prefetch: int = 2
+    corrupt: Corrupt = "stop"
     augment: Augment = dataclasses.field(default_factory=Augment)
     photo: PhotoConfig = PhotoConfig()
 
@@ -76,13 +84,30 @@ def inspect_data(config: DataConfig) -> DataInfo:
     """The number of classes, the shape of an image and the sizes of the splits; errors as `make_train_iterator`."""
     builder = open_builder(config.name, resolve_data_dir(config.data_dir))
     train = _open_split(dataclasses.replace(config, in_memory=False), config.train_split)
-    images, _ = train.read(np.zeros(1, np.int32))
+    classes = getattr(builder.info.features["label"], "num_classes", None)
+    if classes is None:
+        raise ValueError(
+            f"data set {builder.info.full_name} doesn't say how many classes it has: prepare it with labels that are a "
+            "tfds ClassLabel"
+        )
+    height, width, channels = train.shape
     return DataInfo(
-        classes=builder.info.features["label"].num_classes,
-        image_shape=images.shape[1:],
+        classes=classes,
+        image_shape=(height, width, channels),
         train_examples=len(train),
         splits={name: split.num_examples for name, split in builder.info.splits.items()},
     )
+
+
+def check_labels(config: DataConfig) -> tuple[str, ...]:
+    """Looks at labels of both splits, as `ImageRecords.check`; says, in a sentence per split, what is skipped there.
+
+    Raises ValueError as `make_train_iterator`, and OSError if an example can't be used and is not to be skipped, or
+    none can be used.
+    """
+    splits = dict.fromkeys((config.train_split, config.test_split))
+    found = [_open_split(dataclasses.replace(config, in_memory=False), split).check() for split in splits]
+    return tuple(filter(None, found))
 
 
 def make_train_iterator(
@@ -106,7 +131,7 @@ def make_train_iterator(
     Raises:
         ValueError: the set is unknown or not prepared, the split is unknown or empty, the seed is out of range, or the
             hosts cannot share the batch equally.
-        OSError: the set cannot be written.
+        OSError: the set cannot be written; or, from the iterator, an example can't be used and is not to be skipped.
     """
     check_seed(seed)
     share = Share.of(batch_size, process_index, process_count, rows)
@@ -114,7 +139,7 @@ def make_train_iterator(
     indices = grain.MapDataset.range(len(split))
     if config.shuffle:
         indices = indices.seed(seed).shuffle()
-    read = functools.partial(_read_train, split=split, config=config.augment, seed=seed)
+    read = functools.partial(_read_train, split=split, config=config, seed=seed)
     return TrainIterator(indices.repeat(), share, read, config)
 
 
@@ -135,31 +160,32 @@ def make_eval_batches(
     examples = _open_split(config, split)
     sequence = grain.MapDataset.range(len(examples)).repeat()
     batches = HostBatches(sequence, share, first=0)[: -(-len(examples) // batch_size)]
-    return read_ahead(batches.map(functools.partial(_read_eval, split=examples)), config)
+    return read_ahead(batches.map(functools.partial(_read_eval, split=examples, corrupt=config.corrupt)), config)
 
 
 def _open_split(config: DataConfig, split: str) -> ImageSplit | PhotoSplit:
     builder = open_builder(config.name, resolve_data_dir(config.data_dir))
     if is_encoded(builder):
-        return PhotoSplit(builder, split, config.image_size, config.photo, config.in_memory)
-    return ImageSplit(builder, split, config.image_size, config.in_memory)
+        return PhotoSplit(builder, split, config.image_size, config.photo, config.in_memory, config.corrupt)
+    return ImageSplit(builder, split, config.image_size, config.in_memory, config.corrupt)
 
 
-def _read_train(batch: Batch, split: ImageSplit | PhotoSplit, config: Augment, seed: int) -> Batch:
-    if isinstance(split, PhotoSplit):
-        images, labels = split.read_train(batch["index"], batch["position"], seed)
-    else:
-        images, labels = split.read(batch["index"])
-    return {"image": augment(images, batch["position"], config, seed), "label": labels, "index": batch["index"]}
+def _read_train(batch: Batch, split: ImageSplit | PhotoSplit, config: DataConfig, seed: int) -> Batch:
+    rows = split.read_train(batch["index"], batch["position"], seed)
+    images = augment(rows.images, batch["position"], config.augment, seed)
+    read = {"image": images, "label": rows.labels, "index": rows.places}
+    return read | ({"skipped": rows.skipped} if config.corrupt == "skip" else {})
 
 
-def _read_eval(batch: Batch, split: ImageSplit | PhotoSplit) -> Batch:
+def _read_eval(batch: Batch, split: ImageSplit | PhotoSplit, corrupt: Corrupt) -> Batch:
     """Blanks the rows past the end of the split, where the endless sequence has begun again."""
-    images, labels = split.read(batch["index"])
-    mask = batch["position"] < len(split)
-    return {
-        "image": np.where(mask[:, None, None, None], images, np.float32(0)),
-        "label": np.where(mask, labels, np.int32(0)),
-        "index": np.where(mask, batch["index"], np.int32(-1)),
+    rows = split.read(batch["index"])
+    real = batch["position"] < len(split)
+    mask = real & ~rows.skipped
+    read = {
+        "image": np.where(mask[:, None, None, None], rows.images, np.float32(0)),
+        "label": np.where(mask, rows.labels, np.int32(0)),
+        "index": np.where(real, batch["index"], np.int32(-1)),
         "mask": mask,
     }
+    return read | ({"skipped": real & rows.skipped} if corrupt == "skip" else {})

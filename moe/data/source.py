@@ -3,19 +3,21 @@
 import contextlib
 import functools
 import io
+import math
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import Float32, Int, Int32
+from jaxtyping import Float32, Int
 from tensorflow_datasets.core import read_only_builder
 
 from moe.data.digits import Digits
+from moe.data.records import Corrupt, ImageRecords, Rows, check_features
 from moe.data.stdlib import Stdlib
 
 # Sets that this package can write by itself; any other has to be prepared before with tfds's own tools.
@@ -90,7 +92,14 @@ class ImageSplit:
     integer dtype, else 1); an image of another size is cropped to its central square and resized.
     """
 
-    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, size: int, in_memory: bool = False) -> None:
+    def __init__(
+        self,
+        builder: tfds.core.DatasetBuilder,
+        split: str,
+        size: int,
+        in_memory: bool = False,
+        corrupt: Corrupt = "stop",
+    ) -> None:
         """Opens `split` of a prepared set.
 
         Args:
@@ -98,66 +107,67 @@ class ImageSplit:
             split: name of a split, or a slice of one in tfds's notation, such as "train[:90%]".
             size: height and width of the images.
             in_memory: whether to decode all of it now and hold it.
+            corrupt: what to do about examples that can't be used.
 
         Raises:
             ValueError: the split is unknown or empty, the set lacks images or labels, or is stored for reading in order
                 only.
+            OSError: as `read`, where it is read now.
         """
         check_features(builder)
-        info = builder.info
-        self._name = f"{info.full_name}[{split}]"
         self._size = size
-        self._pixel_max = _pixel_max(info)
-        self._examples = open_split(builder, split)
-        self._held = self._decode(np.arange(len(self._examples))) if in_memory else None
+        self._pixel_max = _pixel_max(builder.info)
+        stored = builder.info.features["image"].shape
+        shape = () if None in stored[2:] else (size, size, math.prod(stored[2:]))
+        self._records = ImageRecords(builder, split, shape, corrupt)
+        if not shape:
+            self._records.shape = self._records.read(np.zeros(1, np.int32), self._decode, replace=True).images.shape[1:]
+        self._make: Callable[[int, Any], np.ndarray] = self._decode
+        if in_memory:
+            self._records.hold(functools.partial(self._decode, 0))
+            self._make = _as_held
 
     def __len__(self) -> int:
         """How many examples the split holds."""
-        return len(self._examples)
+        return len(self._records)
 
     def __repr__(self) -> str:
         """The set, its version, the split and the size of the images."""
-        return f"ImageSplit({self._name}, size={self._size})"
+        return f"ImageSplit({self._records.name}, size={self._size})"
 
-    def read(self, index: Int[np.ndarray, "B"]) -> tuple[Float32[np.ndarray, "B h w c"], Int32[np.ndarray, "B"]]:
-        """The images, float32 in [0, 1], and labels, int32, of the examples at these places of the split."""
-        if self._held is None:
-            return self._decode(index)
-        images, labels = self._held
-        return images[index], labels[index]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Height, width and channels of the images."""
+        return self._records.shape
 
-    def _decode(self, index: Int[np.ndarray, "B"]) -> tuple[Float32[np.ndarray, "B h w c"], Int32[np.ndarray, "B"]]:
-        examples = self._examples.__getitems__(index.tolist())
-        images = np.stack([resize(_with_channels(example["image"]), self._size) for example in examples])
-        return images / self._pixel_max, np.array([example["label"] for example in examples], np.int32)
+    def check(self) -> str:
+        """See `ImageRecords.check`."""
+        return self._records.check()
+
+    def read(self, index: Int[np.ndarray, "B"]) -> Rows:
+        """The images, float32 in [0, 1], and labels of the examples at these places of the split.
+
+        Rows of examples that are skipped are blank. Raises OSError for an example that can't be used and is not to be
+        skipped.
+        """
+        return self._scaled(self._records.read(index, self._make))
+
+    def read_train(self, index: Int[np.ndarray, "B"], positions: Int[np.ndarray, "B"], seed: int) -> Rows:
+        """As `read`, but an example that is skipped is replaced by the next; neither positions nor seed matter."""
+        del positions, seed
+        return self._scaled(self._records.read(index, self._make, replace=True))
+
+    def _scaled(self, rows: Rows) -> Rows:
+        return rows._replace(images=rows.images / self._pixel_max)
+
+    def _decode(self, row: int, image: Any) -> Float32[np.ndarray, "h w c"]:
+        del row
+        return resize(_with_channels(image), self._size)
 
 
-def check_features(builder: tfds.core.DatasetBuilder) -> None:
-    """Raises ValueError if the set has no images or no labels."""
-    info = builder.info
-    missing = {"image", "label"} - set(info.features)
-    if missing:
-        raise ValueError(
-            f"data set {info.full_name} has no feature {' or '.join(sorted(missing))} (it has "
-            f"{', '.join(info.features)}): choose an image classification set in data.name"
-        )
-
-
-def open_split(builder: tfds.core.DatasetBuilder, split: str, decoders: Mapping[str, Any] | None = None) -> Any:
-    """The split as tfds reads it at random, with ValueErrors as `ImageSplit` promises; decoders: by feature."""
-    info = builder.info
-    try:
-        return builder.as_data_source(split, decoders=decoders)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"data set {info.full_name} is stored as {info.file_format.value}, which cannot be read at random: "
-            "prepare it again with --file_format=array_record"
-        ) from error
-    except ValueError as error:
-        sizes = ", ".join(f"{name} ({part.num_examples})" for name, part in info.splits.items())
-        raise ValueError(
-            f"data set {info.full_name} has no split {split!r}, or it is empty: choose one of {sizes} or a slice of one"
-        ) from error
+def _as_held(row: int, image: np.ndarray) -> np.ndarray:
+    del row
+    return image
 
 
 def _with_channels(image: np.ndarray) -> Float32[np.ndarray, "h w c"]:

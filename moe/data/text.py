@@ -33,6 +33,7 @@ from jaxtyping import Int, Int32, Int64, Integer
 from moe.data.batches import Batch, HostBatches, Share, TrainIterator, check_seed, read_ahead
 from moe.data.corpus import Corpus, open_corpus
 from moe.data.documents import FORMATS, Source
+from moe.data.records import Corrupt
 from moe.data.source import open_builder, resolve_data_dir
 from moe.data.tokenizer import TokenizerConfig, open_tokenizer
 
@@ -54,6 +55,8 @@ class TextConfig:
     shuffle: whether documents and rows have an order of their own in every epoch, or else the stored one.
     cache_dir: where tokens are kept; empty for the folder `tokens` in that of the data sets.
     data_dir, threads, workers, prefetch: as for images (`moe.data.pipeline.DataConfig`).
+    corrupt: what to do about a document that can't be read: "stop" with an error that names file and place, or "skip":
+        leave it out when the text is tokenised, name and count it.
     """
 
     name: str = "stdlib"
@@ -72,6 +75,7 @@ class TextConfig:
     threads: int = 1
     workers: int = 0
     prefetch: int = 2
+    corrupt: Corrupt = "stop"
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number out of range, files without paths, or a mixture without shares."""
@@ -88,7 +92,7 @@ class TextConfig:
         return tuple(self._source(*_entry(entry)) for entry in self.mixture or ((self.name, 1.0),))
 
     def _source(self, name: str, weight: float, own: Mapping[str, Any]) -> Source:
-        shared = {key: getattr(self, key) for key in _OWN} | {"paths": self.paths}
+        shared = {key: getattr(self, key) for key in _OWN} | {"paths": self.paths, "corrupt": self.corrupt}
         if name.startswith("files:"):
             shared |= {"paths": (name.removeprefix("files:"),)}
             shared |= {"test_paths": ()} if self.mixture else {}

@@ -15,10 +15,12 @@ def evaluate(
 ) -> dict[str, float]:
     """{"accuracy", "loss"}: means over the examples that `mask` keeps.
 
+    And "skipped", unless it is 0: how many examples are left out because they can't be used.
+
     loss is the cross-entropy in nats, without label smoothing or router losses; it is added up in float64, so that the
     result does not depend on how the examples are batched. Raises ValueError if the set is empty.
     """
-    correct = loss = count = 0.0
+    correct = loss = count = skipped = 0.0
     for batch in batches:
         logits_BV = np.asarray(predict(params, batch), np.float64)
         mask_B, label_B = batch["mask"], batch["label"]
@@ -27,6 +29,8 @@ def evaluate(
         loss += -log_probs_BV[np.arange(len(label_B)), label_B][mask_B].sum()
         correct += (logits_BV.argmax(axis=1) == label_B)[mask_B].sum()
         count += mask_B.sum()
+        skipped += np.sum(batch.get("skipped", False))
     if not count:
         raise ValueError("the evaluation set is empty: nothing was measured.")
-    return {"accuracy": float(correct / count), "loss": float(loss / count)}
+    measures = {"accuracy": float(correct / count), "loss": float(loss / count)}
+    return measures | ({"skipped": float(skipped)} if skipped else {})

@@ -15,7 +15,7 @@ from moe.data.digits import Digits
 @pytest.mark.parametrize(("split", "scans"), [("train", slice(0, 1437)), ("test", slice(1437, 1797))])
 def test_splits_hold_scikit_learns_scans_in_order(data_dir, split, scans):
     expected = datasets.load_digits()
-    images, labels = source.ImageSplit(source.open_builder("digits", data_dir), split, size=8).read(
+    images, labels, *_ = source.ImageSplit(source.open_builder("digits", data_dir), split, size=8).read(
         np.arange(scans.stop - scans.start)
     )
     assert images.dtype == np.float32

@@ -50,7 +50,7 @@ def pixels(data):
 def test_evaluation_is_resized_and_cropped_at_the_centre(photos_dir):
     split = PhotoSplit(open_builder("snapshots", photos_dir), "validation", 24, PhotoConfig(resize=32))
     index = np.array([3, 0, 6, 4, 5])
-    images, labels = split.read(index)
+    images, labels, *_ = split.read(index)
     assert repr(split) == "PhotoSplit(snapshots/5.1.0[validation], size=24)"
     assert images.dtype == np.float32
     np.testing.assert_array_equal(labels, (100 + index) % 5)
@@ -200,7 +200,7 @@ def test_evaluation_batches_are_masked(config):
     batches = list(make_eval_batches(config, "validation", 4, 0, 1))
     np.testing.assert_array_equal(np.concatenate([batch["mask"] for batch in batches]), [True] * 7 + [False])
     assert not batches[1]["image"][3].any()
-    stored, _ = PhotoSplit(open_builder("snapshots", config.data_dir), "validation", 24, TRAIN).read(np.arange(7))
+    stored, *_ = PhotoSplit(open_builder("snapshots", config.data_dir), "validation", 24, TRAIN).read(np.arange(7))
     np.testing.assert_array_equal(np.concatenate([batch["image"] for batch in batches])[:7], stored)
 
 
@@ -210,7 +210,7 @@ def test_a_damaged_record_is_named_with_its_file(config, tmp_path):
     broken = dataclasses.replace(config, data_dir=str(tmp_path), train_split="train[2:]", shuffle=False, threads=1)
     iterator = make_train_iterator(broken, 4, 0, 0, 1)
     message = (
-        r"the image at index 8 of snapshots/5.1.0\[train\[2:\]\] can't be decoded \(.+\): it is record 3 of "
+        r"the example at index 8 of snapshots/5.1.0\[train\[2:\]\] can't be used \(.+\): it is record 3 of "
         r".*snapshots-train.array_record-00001-of-00003; prepare the set again"
     )
     next(iterator), next(iterator)

@@ -84,7 +84,7 @@ def test_a_run_goes_on_where_its_state_says(config, consumed):
     resumed.set_state(state)
     assert resumed.get_state() == state
     assert_same(take(resumed, 8 - consumed), rest)
-    assert resumed.get_state() == {"examples": 64}
+    assert resumed.get_state() == {"examples": 64, "skipped": 0}
 
     several = [make_train_iterator(small, 8, 0, host, 2) for host in range(2)]
     for iterator in several:

@@ -44,7 +44,7 @@ def test_any_prepared_set_is_read_from_its_files(photos_dir):
     split = source.ImageSplit(source.open_builder("photos", photos_dir), "train", size=6)
     assert len(split) == 2
     assert repr(split) == "ImageSplit(photos/2.0.0[train], size=6)"
-    images, labels = split.read(np.array([1, 0]))
+    images, labels, *_ = split.read(np.array([1, 0]))
     expected = jax.image.resize(PHOTO[:, 4:16] / np.float32(255), (6, 6, 3), "linear", antialias=True)
     np.testing.assert_allclose(images, [expected, expected], atol=1e-6)
     np.testing.assert_array_equal(labels, [7, 7])

@@ -137,7 +137,7 @@ def test_hosts_together_read_the_batches_of_one_from_any_state(config, hosts):
             parts = [next(iterator) for iterator in several]
             batch = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
             assert_same(batch, {key: value[start : start + 12] for key, value in whole.items()})
-        assert several[0].get_state() == {"examples": 72}
+        assert several[0].get_state() == {"examples": 72, "skipped": 0}
 
 
 def test_threads_and_another_batch_size_go_on_where_the_state_says(config):
