@@ -100,7 +100,8 @@ def report(config: Config, metrics: PyTree, norms: Mapping[str, jax.Array], batc
         )
     values = jax.device_get(metrics)
     rms = values["blocks"]["rms"]
-    scalars = values["train"] | {f"router {name}": value for name, value in values["router"].items()}
+    first = {name: values["train"][name] for name in ("loss", "gradient_norm")}
+    scalars = first | values["train"] | {f"router {name}": value for name, value in values["router"].items()}
     yield ", ".join(f"{name} {float(value):.6g}" for name, value in scalars.items())
     yield f"{'':<32} {'rms of output':>14} {'gradient norm':>14}"
     for name, norm in norms.items():
@@ -129,7 +130,8 @@ def find_line(step: Step, state: TrainState, batch: Any) -> str:
     jax.config.update("jax_debug_infs", True)
     here = Path(__file__).parent
     try:
-        jax.block_until_ready(jax.jit(step.gradients)(state, batch))
+        # Not the program from before, which doesn't look.
+        jax.block_until_ready(jax.jit(lambda state, batch: step.gradients(state, batch))(state, batch))
     except FloatingPointError as error:
         frames = [
             frame for frame in traceback.extract_tb(error.__traceback__) if here / "moe" in Path(frame.filename).parents

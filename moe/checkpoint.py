@@ -37,7 +37,9 @@ class CheckpointConfig:
     every: steps between checkpoints; the last step is always saved; 0: only the last. minutes: another checkpoint where
     so many minutes have passed since one began, looked at at log points; 0: never. keep: newest ones to keep.
     keep_best: as many more, with the best `best` on the test set: the lowest "loss" or the highest "accuracy"; an
-    evaluation that is among them saves.
+    evaluation that is among them saves. background: whether training goes on while a checkpoint is written. Where it
+    doesn't, a run that is killed never repeats more than `every` steps; otherwise also those that were computed while
+    the last checkpoint was being written.
     """
 
     every: int = 500
@@ -45,6 +47,7 @@ class CheckpointConfig:
     keep: int = 3
     keep_best: int = 0
     best: Literal["loss", "accuracy"] = "loss"
+    background: bool = True
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.minutes < 0 or self.keep < 1 or self.keep_best < 0:

@@ -19,7 +19,6 @@ from jax.experimental import multihost_utils
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from moe.checksums import name_leaves
@@ -75,7 +74,7 @@ class MetricsWriter:
         if self._events is None:
             return
         self._pending.append(json.dumps({"step": step, **values}) + "\n")
-        summary = Summary(value=[part for name, value in values.items() for part in scalar(name, value).value])
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
         event = Event(step=step, wall_time=time.time(), summary=summary)
         try:
             self._append()

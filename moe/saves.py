@@ -60,6 +60,8 @@ class Saves:
         self._began, self._retry_at = time.monotonic(), None
         self._under_way = step
         self._checkpoints.save(step, state, position)
+        if not self._config.background:
+            self._settle()
 
     def rate(self, step: int, measures: Mapping[str, float]) -> bool:
         """Notes what an evaluation after `step` gave; whether the step is among the best and not saved yet."""

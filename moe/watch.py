@@ -43,6 +43,8 @@ class Watch:
         self._indices = indices
         self._pending: list[_Seen] = []
         self._collapsed: set[str] = set()
+        # Of the steps in a row up to now.
+        self._first: dict[str, Any] | None = None
 
     def add(self, step: int, position: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """Keeps what is needed of a step's metrics; position: of its batch, see `TrainIterator.get_state`."""
@@ -64,11 +66,13 @@ class Watch:
     def _look_at_updates(self) -> str:
         seen, self._pending = self._pending, []
         values = jax.device_get([one.values for one in seen])
-        bad = [
-            self._describe(one, value)
-            for one, value in zip(seen, values, strict=True)
-            if value["guard"]["nonfinite"] or value["guard"]["spike"]
-        ]
+        bad = []
+        for one, value in zip(seen, values, strict=True):
+            if not (value["guard"]["nonfinite"] or value["guard"]["spike"]):
+                self._first = None
+                continue
+            bad.append(self._describe(one, value))
+            self._first = self._first or bad[-1]
         if not bad:
             return ""
         self._write(bad)
@@ -78,13 +82,12 @@ class Watch:
         if len(bad) > _SAID:
             hosts.say(f"… and {len(bad) - _SAID} more updates left out up to step {seen[-1].step}", error=True)
         limit = self._config.guard.abort_after
-        if not limit or in_a_row < limit:
+        if not limit or in_a_row < limit or self._first is None:
             return ""
-        first = next(line for line in bad if line["step"] > seen[-1].step - in_a_row)
         return (
             f"{in_a_row} updates in a row were left out (guard.abort_after = {limit}), up to step {seen[-1].step}; "
-            f"{_sentence(first)}; {self._path.name} names all examples of each; look into it with python replay.py "
-            f"--workdir={self._path.parent} --step={first['step']}."
+            f"{_sentence(self._first)}; {self._path.name} names all examples of each; look into it with python "
+            f"replay.py --workdir={self._path.parent} --step={self._first['step']}."
         )
 
     def _write(self, lines: list[dict[str, Any]]) -> None:

@@ -145,8 +145,9 @@ def survive(whole: Path, folder: Path, seed: int) -> str:
 
 # What TensorStore was still reading when another array failed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
-@pytest.mark.parametrize("seeds", [pytest.param(range(200), id="200"),
-                                   pytest.param(range(200, 10_200), id="10000", marks=pytest.mark.nightly)])  # fmt: skip
+@pytest.mark.parametrize(
+    "seeds", [range(200), pytest.param(range(200, 10_200), marks=pytest.mark.nightly)], ids=["200", "10000"]
+)
 def test_no_damage_is_fatal_or_goes_unseen(
     seeds: range, whole: Path, tmp_path: Path, record: Callable[..., None]
 ) -> None:

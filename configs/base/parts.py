@@ -23,7 +23,7 @@ def new_config(**changes: Any) -> ml_collections.ConfigDict:
 
 def checkpoint(**changes: Any) -> dict[str, Any]:
     """The fields of `checkpoint`."""
-    fields = {"every": 500, "minutes": 0.0, "keep": 3, "keep_best": 0, "best": "loss"}
+    fields = {"every": 500, "minutes": 0.0, "keep": 3, "keep_best": 0, "best": "loss", "background": True}
     return fields | changes
 
 
