@@ -46,6 +46,7 @@ def write_logits(
     rows = batch_shards(loaded.mesh)
     temporary = logits.with_name(f".{logits.name}.tmp")
     shape = (*tokens_BL.shape, config.vocab_size)
+    temporary.unlink(missing_ok=True)
     try:
         out_BLV = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
         for start in range(0, len(tokens_BL), rows):
