@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from moe import cli
 from moe import config as config_lib
-from moe.checkpoint import Checkpoints, complete_steps
+from moe.checkpoint import CheckpointError, Checkpoints, complete_steps
 from moe.compiler import compile_step, compiler_options, keep_programs
 from moe.config import Config
 from moe.files import AnyPath, open_path
@@ -312,7 +312,12 @@ def begin(config: Config, step: Step, checkpoints: Checkpoints, examples: Any, i
     """The state to go on from: of the newest checkpoint, whose place in the data `examples` go to, or a fresh one."""
     if (restored := restore_newest(checkpoints, step)) is not None:
         state, position = restored
-        examples.set_state(position)
+        try:
+            examples.set_state(position)
+        except ValueError as error:
+            raise CheckpointError(
+                f"checkpoint {int(state.step)} in {checkpoints.folder} is damaged: {error}."
+            ) from error
         return state
     state = step.init(jax.random.key(config.seed))
     if initial is None:

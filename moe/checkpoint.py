@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,9 +49,16 @@ class Checkpoints:
         reading = keep is None
         if reading and not folder.is_dir():
             raise CheckpointError(f"there are no checkpoints in {folder}: give the workdir of a training run.")
+        if not is_remote(folder) and folder.is_dir():
+            _check_links(self.folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=reading, create=not reading)
         handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        try:
+            self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            # It reads what the steps say of themselves.
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"the checkpoints in {folder} can't be read: {reason}.") from error
 
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, oldest first."""
@@ -106,6 +115,7 @@ class Checkpoints:
             ) from error
 
     def _check_shapes(self, step: int, abstract_state: PyTree, within: str = "") -> None:
+        _check_names(self.folder / str(step) / "state" / "_METADATA")
         metadata = self._manager.item_metadata(step)["state"]
         if metadata is None:
             raise CheckpointError(f"checkpoint {self.folder / str(step)} holds no state: {self._others(step)}")
@@ -129,6 +139,26 @@ class Checkpoints:
     def close(self) -> None:
         """Completes every save and releases the folder."""
         self._manager.close()
+
+
+def _check_links(folder: AnyPath) -> None:
+    """Raises CheckpointError where a step's folder is somewhere else: the oldest ones are deleted as a run goes on."""
+    for path in folder.iterdir():
+        if path.name.isdecimal() and path.is_symlink():
+            raise CheckpointError(
+                f"checkpoint {path} is a link to {os.readlink(path)}: put a copy in its place, or remove the link."
+            )
+
+
+def _check_names(path: AnyPath) -> None:
+    """Raises CheckpointError where the metadata name an array outside of the checkpoint's folder."""
+    if not path.is_file():
+        return
+    table = json.loads(path.read_text())
+    arrays = table.get("tree_metadata", {}) if isinstance(table, dict) else {}
+    for entry in arrays.values():
+        if wrong := [str(key["key"]) for key in entry["key_metadata"] if not set("/\\").isdisjoint(str(key["key"]))]:
+            raise CheckpointError(f"{path} names an array {wrong[0]!r}, which isn't in this folder: it can't be read.")
 
 
 def _name(path: tuple) -> str:

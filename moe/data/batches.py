@@ -117,9 +117,12 @@ class TrainIterator(grain.DatasetIterator):
         return {"examples": self._examples}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a position that `get_state` returned."""
+        """Goes to a position that `get_state` returned. Raises ValueError for anything else."""
+        examples = state.get("examples") if isinstance(state, dict) else None
+        if type(examples) is not int or examples < 0:
+            raise ValueError(f"a position in the data must be {{'examples': N}}, not {state!r}")
         self.close()
-        self._examples = state["examples"]
+        self._examples = examples
 
     def start_prefetch(self) -> None:
         """Begins to read ahead from the current position, where the config says so."""
