@@ -31,6 +31,8 @@ from moe.data.tokenizer import NotUtf8Error, Tokenizer, TokenizerConfig, identif
 _FORMAT = 1
 _META = "meta.json"
 _CHUNK = 2**22
+_ARRAYS = {"tokens", "sizes", "starts", "documents"}
+_DTYPES = ("uint16", "int32")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,19 +113,21 @@ def _checked(folder: str, key: str, changed: tuple[int, ...]) -> Corpus:
     del changed  # only so that what changes on disk is looked at again
     try:
         meta = json.loads((Path(folder) / _META).read_text())
-        arrays = meta["arrays"]
-        found = meta["key"]
-    except (OSError, ValueError, KeyError, TypeError):
+        arrays = {name: (int(size), int(crc)) for name, (size, crc) in meta["arrays"].items()}
+        found, dtype, notes = meta["key"], meta["dtype"], list(map(str, meta["notes"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _DamageError("has no meta.json that can be read") from None
     if found != key:
         raise _DamageError("is of other text")
+    if not _ARRAYS - {"sizes"} <= arrays.keys() <= _ARRAYS or dtype not in _DTYPES:
+        raise _DamageError("has a meta.json of another kind")
     for name, (size, crc) in arrays.items():
         path = Path(folder) / name
         if not path.is_file() or path.stat().st_size != size:
             raise _DamageError(f"is damaged ({name} does not have its {size} bytes)")
         if _crc(path) != crc:
             raise _DamageError(f"is damaged ({name} has changed)")
-    for note in meta["notes"]:
+    for note in notes:
         print(note, flush=True)
     return _map(folder)
 
