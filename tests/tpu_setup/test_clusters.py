@@ -46,7 +46,7 @@ def test_skypilot_recovers_what_a_new_start_mends() -> None:
     recovery = task["resources"]["job_recovery"]
     assert recovery["recover_on_exit_codes"] == [cli.STOPPED]
     assert recovery["max_restarts_on_errors"] == 0
-    assert shlex.split(task["run"])[:3] == ["exec", ".venv/bin/python", "train.py"]
+    assert shlex.split(task["run"].splitlines()[-1])[:3] == ["exec", ".venv/bin/python", "train.py"]
 
 
 @pytest.mark.clusters
