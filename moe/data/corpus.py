@@ -32,7 +32,7 @@ _FORMAT = 1
 _META = "meta.json"
 _CHUNK = 2**22
 _ARRAYS = {"tokens", "sizes", "starts", "documents"}
-_DTYPES = ("uint16", "int32")
+_DTYPES = {"uint16": np.uint16, "int32": np.int32}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,7 +119,7 @@ def _checked(folder: str, key: str, changed: tuple[int, ...]) -> Corpus:
         raise _DamageError("has no meta.json that can be read") from None
     if found != key:
         raise _DamageError("is of other text")
-    if not _ARRAYS - {"sizes"} <= arrays.keys() <= _ARRAYS or dtype not in _DTYPES:
+    if not _ARRAYS - {"sizes"} <= arrays.keys() <= _ARRAYS or dtype not in list(_DTYPES):
         raise _DamageError("has a meta.json of another kind")
     for name, (size, crc) in arrays.items():
         path = Path(folder) / name
@@ -143,13 +143,13 @@ def _crc(path: Path) -> int:
 def _map(folder: str) -> Corpus:
     meta = json.loads((Path(folder) / _META).read_text())
 
-    def array(name: str, dtype: str) -> np.ndarray:
+    def array(name: str, dtype: Any) -> np.ndarray:
         return np.memmap(Path(folder) / name, dtype, "r")
 
     return Corpus(
         folder=folder,
         meta=meta,
-        tokens=array("tokens", meta["dtype"]),
+        tokens=array("tokens", _DTYPES[meta["dtype"]]),
         sizes=array("sizes", "uint32") if "sizes" in meta["arrays"] else None,
         starts=array("starts", "int64"),
         documents=array("documents", "int64").reshape(-1, 4),
