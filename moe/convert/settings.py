@@ -117,7 +117,8 @@ def parse(table: Mapping[str, Any]) -> Settings:
     try:
         return _parse(table, one)
     except (TypeError, AttributeError, KeyError, ZeroDivisionError, OverflowError) as error:
-        raise ValueError(f"config.json has a value that can't stand there: {error}.") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config.json has a value that can't stand there: {reason}.") from error
 
 
 def _parse(table: Mapping[str, Any], one: Architecture) -> Settings:
