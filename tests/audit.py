@@ -2,8 +2,8 @@
 
     python tests/audit.py constraints.txt
 
-Pins of every Python are looked up, whichever runs this. Exit code 0 where nothing is known against them, or the database
-can't be reached, which is said; 1 where something is.
+Pins of every Python are looked up, whichever runs this. Exit code 0 where nothing is known against them, or where the
+database can't be reached, which is said; 1 where something is.
 """
 
 import json
