@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 CPU := JAX_PLATFORMS=cpu
 STAMP := $(VENV)/.installed
 
-.PHONY: setup train test lint types test-unit test-nightly test-parity test-browser test-tpu-aot test-clusters clean
+.PHONY: setup train test lint types test-unit test-nightly test-parity test-browser test-tpu-aot test-clusters audit clean
 
 setup: $(STAMP)
 
@@ -47,10 +47,12 @@ test-tpu-aot: setup
 	  $(CPU) $(PY) -m pytest -m tpu_aot; \
 	else echo "test-tpu-aot: libtpu can't be installed here, so nothing was compiled for TPUs"; fi
 
-# What SkyPilot and Kubernetes say of the files in tpu_setup; in an environment of its own, because SkyPilot is heavy.
+# What SkyPilot and Kubernetes say of the files in tpu_setup; in an environment of its own, because SkyPilot is heavy, and
+# without constraints.txt, because it wants an older click.
 test-clusters: setup
 	$(PYTHON) -m venv $(VENV)-clusters
-	@if $(VENV)-clusters/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,clusters]'; then \
+	@if $(VENV)-clusters/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,clusters]' \
+	    skypilot==0.14.1 kubernetes-validate==1.37.0; then \
 	  $(CPU) $(VENV)-clusters/bin/python -m pytest -m clusters tests/tpu_setup; \
 	else echo "test-clusters: the extra 'clusters' can't be installed here, so the files of tpu_setup were not validated"; fi
 
@@ -58,6 +60,12 @@ test-clusters: setup
 test-browser: setup
 	@$(CPU) $(PY) -m pytest -m browser; code=$$?; \
 	if [ $$code -eq 5 ]; then echo "test-browser: no test needs a browser so far"; else exit $$code; fi
+
+# What is known against the versions that constraints.txt pins; in an environment of its own, with nothing else in it.
+audit:
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip-audit
+	@$(VENV)-audit/bin/python tests/audit.py constraints.txt
 
 clean:
 	rm -rf $(VENV) runs data

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from moe import cli
 from moe import config as config_lib
-from moe.checkpoint import Checkpoints, complete_steps
+from moe.checkpoint import CheckpointError, Checkpoints, complete_steps
 from moe.compiler import compile_step, compiler_options, keep_programs
 from moe.config import Config
 from moe.files import AnyPath, open_path
@@ -339,7 +339,12 @@ def begin(
     """The state to go on from, and whether it is a checkpoint's, whose place in the data `examples` then go to."""
     if (restored := checkpoints.restore_newest(step.abstract_state)) is not None:
         state, position = restored
-        examples.set_state(position)
+        try:
+            examples.set_state(position)
+        except ValueError as error:
+            raise CheckpointError(
+                f"checkpoint {int(state.step)} in {checkpoints.folder} is damaged: {error}."
+            ) from error
         hosts.say(f"resuming from step {int(state.step)}")
         return state, True
     state = step.init(jax.random.key(config.seed))

@@ -11,6 +11,7 @@ import gc
 import hashlib
 import json
 import logging
+import os
 import sys
 import time
 import traceback
@@ -88,6 +89,8 @@ class Checkpoints:
         self._failure: Exception | None = None
         if keep is None and not folder.is_dir():
             raise CheckpointError(f"there are no checkpoints in {folder}: give the workdir of a training run.")
+        if not is_remote(folder) and folder.is_dir():
+            _check_links(self.folder)
         self._manager = self._open()
         if keep is not None and hosts.is_first():
             _remove_trash(self.folder)
@@ -98,7 +101,11 @@ class Checkpoints:
             max_to_keep=None, read_only=reading, create=not reading, cleanup_tmp_directories=not reading
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
-        return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        try:
+            return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            # It reads what the steps say of themselves.
+            raise CheckpointError(f"the checkpoints in {self.folder} can't be read: {describe(error)}.") from error
 
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, oldest first."""
@@ -193,6 +200,7 @@ class Checkpoints:
         failure: CheckpointError | None = None
         try:
             with self._explained(step):
+                _check_names(self.folder / str(step) / "state" / "_METADATA")
                 record = self._read_record(step)
                 self._check_shapes(step, record, abstract, within)
                 arguments = ocp.args.PyTreeRestore(
@@ -328,6 +336,26 @@ def _one_failure() -> Iterator[None]:
         raise
     finally:
         logger.disabled, (sys.unraisablehook, sys.excepthook) = False, hooks
+
+
+def _check_links(folder: AnyPath) -> None:
+    """Raises CheckpointError where a step's folder is somewhere else: the oldest ones are deleted as a run goes on."""
+    for path in folder.iterdir():
+        if path.name.isdecimal() and path.is_symlink():
+            raise CheckpointError(
+                f"checkpoint {path} is a link to {os.readlink(path)}: put a copy in its place, or remove the link."
+            )
+
+
+def _check_names(path: AnyPath) -> None:
+    """Raises DamagedError where the metadata name an array outside of the checkpoint's folder."""
+    if not path.is_file():
+        return
+    table = json.loads(path.read_text())
+    arrays = table.get("tree_metadata", {}) if isinstance(table, dict) else {}
+    for entry in arrays.values():
+        if wrong := [str(key["key"]) for key in entry["key_metadata"] if not set("/\\").isdisjoint(str(key["key"]))]:
+            raise DamagedError(f"{path} names an array {wrong[0]!r}, which isn't in this folder: it can't be read.")
 
 
 def _sealed(record: dict[str, Any]) -> dict[str, Any]:

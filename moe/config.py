@@ -93,6 +93,8 @@ def load_file(path: str) -> ml_collections.ConfigDict:
     """Runs `get_config()` of a Python file, or reads what `to_json` wrote: the config.json of a workdir.
 
     "FILE.py:PRESET" is `get_config("PRESET")`, for one of the presets that the file's table MESHES names.
+    Only a Python file that the command names is run. What a JSON file says of the compiler isn't taken, but for the
+    preset: programs of a cache are run, and options can name files to write.
     Raises ValueError if there is no such file, function or preset.
     """
     stem, colon, preset = path.rpartition(".py:")
@@ -103,9 +105,13 @@ def load_file(path: str) -> ml_collections.ConfigDict:
         raise ValueError(f"there is no config file {path}" + (f"; there are {', '.join(nearby)}." if nearby else "."))
     if file.suffix == ".json":
         try:
-            return from_json(file.read_text())
+            table = from_json(file.read_text())
         except ValueError as error:
             raise ValueError(f"config {path} is not valid JSON: {error}.") from None
+        if isinstance(table.get("compiler"), ml_collections.ConfigDict):
+            with table.compiler.ignore_type():
+                table.compiler.update({"cache": "", "options": ()})
+        return table
     spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise ValueError(f"config {path} is not a Python file.")
@@ -128,8 +134,16 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 
 
 def from_json(text: str) -> ml_collections.ConfigDict:
-    """The inverse of `to_json`, lists for tuples."""
-    return ml_collections.ConfigDict(json.loads(text))
+    """The inverse of `to_json`, lists for tuples. Raises ValueError where the text is something else."""
+    try:
+        table = json.loads(text)
+        if not isinstance(table, dict):
+            raise ValueError("it must hold a table")
+        return ml_collections.ConfigDict(table)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except AttributeError as error:  # a name that every Python object has
+        raise ValueError(str(error).removesuffix(".")) from None
 
 
 def override(config: ml_collections.ConfigDict, assignments: Iterable[str]) -> None:
@@ -238,7 +252,7 @@ def _choose(options: Mapping[str, Any], table: Any, path: str) -> Any:
     if not isinstance(table, Mapping) or "name" not in table:
         raise ValueError(f"config field '{_join(path, 'name')}' is missing: it must be one of {', '.join(options)}.")
     name = table["name"]
-    if name not in options:
+    if name not in list(options):
         close = difflib.get_close_matches(str(name), list(options), n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
         raise ValueError(f"unknown {path} '{name}': it must be one of {', '.join(options)}.{hint}")
@@ -246,6 +260,8 @@ def _choose(options: Mapping[str, Any], table: Any, path: str) -> Any:
     others = {field for option in options.values() for field in _field_names(option)} - _field_names(options[name])
     shared = {key: value for key, value in table.items() if key not in {"name", *options, *others}}
     own = table.get(name, {})
+    if not isinstance(own, Mapping):
+        raise ValueError(f"config field {_join(path, name)} = {own!r} must be a table.")
     twice = shared.keys() & own.keys()
     if twice:
         raise ValueError(f"config field '{min(twice)}' stands both in {path} and in {path}.{name}: keep one.")
@@ -272,7 +288,8 @@ def _check(kind: Any, value: Any, path: str) -> Any:
         raise TypeError(f"config field {path} is annotated with a union, which configs can't express")
     origin = typing.get_origin(kind) or kind
     if origin is tuple and isinstance(value, list | tuple):
-        return tuple(value)
+        entry = (*typing.get_args(kind), Any)[0]
+        return tuple(value if entry is Any else (_check(entry, one, path) for one in value))
     if origin is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, origin) or (origin is int and isinstance(value, bool)):

@@ -25,12 +25,15 @@ def is_remote(path: Any) -> bool:
 
 
 def write_whole(path: AnyPath, text: str) -> None:
-    """Writes the file whole or not at all."""
+    """Writes the file whole or not at all; where its name is a link, the link is replaced."""
     if is_remote(path):
         path.write_text(text)
         return
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
+    # What is left of a killed process, or a link that leads elsewhere.
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "x") as file:
+        file.write(text)
     temporary.replace(path)
 
 

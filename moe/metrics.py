@@ -136,7 +136,7 @@ def _split_lines(path: AnyPath, step: int) -> tuple[list[str], int]:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return kept, len(lines) - len(kept)
 

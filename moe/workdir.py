@@ -1,6 +1,7 @@
 """The folder of a run: which config it belongs to, whether it can be written, and the model that it holds."""
 
 import dataclasses
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ from moe.lock import WorkdirLock
 from moe.models import Model, Variables, make_model
 from moe.parallel import hosts
 from moe.parallel.mesh import MeshConfig, make_mesh, param_shardings
+
+# What a run writes in its workdir, besides what is replaced whole.
+_WRITTEN = ("checkpoints", "metrics.jsonl", "profile", "tensorboard")
 
 # Fields in which a resumed run may differ from the one that wrote its checkpoints: they change where and how long it
 # computes, what it says and how fast it learns, but not what the stored arrays mean.
@@ -63,6 +67,7 @@ def open_workdir(workdir: AnyPath, config: ml_collections.ConfigDict) -> Opened:
     config's checkpoints, OSError if it can't be written, or isn't the same for every process.
     """
     _check_writable(workdir)
+    _check_links(workdir)
     path = workdir / "config.json"
     started = bool(complete_steps(workdir / "checkpoints"))
     differences: list[str] = []
@@ -116,6 +121,16 @@ def _check_writable(workdir: AnyPath) -> None:
         missing = is_remote(workdir) and isinstance(error, FileNotFoundError)
         reason = "there is no such bucket" if missing else error.strerror or " ".join(str(error).split())
         raise OSError(f"workdir {workdir} can't be written ({reason}): choose another with --workdir.") from error
+
+
+def _check_links(workdir: AnyPath) -> None:
+    """Raises ValueError where a run would write elsewhere through a link, as in a workdir that somebody else packed."""
+    for path in () if is_remote(workdir) else map(workdir.joinpath, _WRITTEN):
+        if path.is_symlink():
+            raise ValueError(
+                f"{path} is a link to {os.readlink(path)}, and a run writes nowhere but in its workdir: remove the "
+                "link, or let the workdir as a whole be one."
+            )
 
 
 def read_config(workdir: AnyPath) -> ml_collections.ConfigDict:

@@ -50,7 +50,7 @@ parse() { # FLAGS… -- ARGUMENTS…; the flags that a script has, and what it w
       dry-run | spot | reserved | direct | keep | once)
         [ "$word" = yes ] || fail $USAGE "--$flag takes no value." ;;
       slices | wait | every | attempts | lines)
-        [[ $word =~ ^[0-9]+$ ]] || fail $USAGE "--$flag=$word must be a number." ;;
+        [[ $word =~ ^(0|[1-9][0-9]{0,8})$ ]] || fail $USAGE "--$flag=$word must be a number." ;;
       *) [ "$word" != yes ] || fail $USAGE "--$flag needs a value: --$flag=…." ;;
     esac
     opt[$flag]=$word
@@ -104,12 +104,8 @@ nap() { # SECONDS; signals end it
   [ -n "${opt[dry-run]}" ] || { sleep "$1" > /dev/null 2>&1 3>&- & wait $!; }
 }
 
-where() { printf '%s\n' "--project=${opt[project]}" "--zone=${opt[zone]}"; }
-
 tpu() { # KIND VERB ARGUMENTS…; KIND: tpu-vm or queued-resources
-  local at
-  mapfile -t at < <(where)
-  printf '%s\0' gcloud compute tpus "$1" "$2" "${@:3}" "${at[@]}"
+  printf '%s\0' gcloud compute tpus "$1" "$2" "${@:3}" "--project=${opt[project]}" "--zone=${opt[zone]}"
 }
 
 call_tpu() { # KIND VERB ARGUMENTS…

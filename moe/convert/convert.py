@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ import numpy as np
 from moe import config as config_lib
 from moe.checkpoint import CheckpointConfig, CheckpointError, Checkpoints
 from moe.convert.names import Leaf, Piece, make_leaves
-from moe.convert.safetensors import Spec, Tensors, read_json, write_shards
+from moe.convert.safetensors import DTYPES, Spec, Tensors, read_json, write_shards
 from moe.convert.settings import Settings, find_architecture, generate, parse
 from moe.convert.store import StoredVariables, Streamed, save_parameters
 from moe.data.text import TextConfig
 from moe.data.tokenizer import TokenizerConfig
-from moe.files import AnyPath
+from moe.files import AnyPath, is_remote
 from moe.models import LmConfig, make_model
 from moe.ops.upcycle import UpcycleConfig
 from moe.optim import OptimizerConfig
@@ -53,9 +53,9 @@ def from_hf(folder: Path, workdir: Path) -> None:
     with _new_folder(workdir) as made:
         source = made / SOURCE
         source.mkdir()
-        for name in ("config.json", *KEPT):
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, source / name)
+        # In a cache of the Hub, files are links to their contents, MODEL/snapshots/REVISION/NAME to MODEL/blobs/HASH.
+        root = folder.resolve()
+        _copy(folder, source, ("config.json", *KEPT), root.parents[1] if root.parent.name == "snapshots" else root)
         types = {name: tensors.specs[name].dtype for leaf in leaves for piece in leaf.pieces for name in piece.names}
         (source / _TYPES).write_text(json.dumps(types, indent=0) + "\n")
         has_tokenizer = (folder / "tokenizer.json").is_file()
@@ -98,6 +98,8 @@ def to_hf(workdir: AnyPath, folder: Path, step: int | None = None, shard_bytes: 
     source = workdir / SOURCE
     original = read_json(source / "config.json") if (source / "config.json").is_file() else {}
     types = read_json(source / _TYPES) if original else {}
+    if wrong := [name for name, kind in types.items() if kind not in list(DTYPES)]:
+        raise ValueError(f"{source / _TYPES} has {wrong[0]} = {types[wrong[0]]!r}: it must be of {', '.join(DTYPES)}.")
     if not isinstance(config.model, LmConfig):
         raise ValueError(f"{workdir} holds a model of images, and only language models can be converted.")
     if not isinstance(config.router, Softmax):
@@ -123,9 +125,7 @@ def to_hf(workdir: AnyPath, folder: Path, step: int | None = None, shard_bytes: 
     }
     with _new_folder(folder) as made:
         (made / "config.json").write_text(json.dumps(table, indent=2) + "\n")
-        for name in KEPT:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, made / name)
+        _copy(source, made, KEPT, source if is_remote(source) else Path(source).resolve())
         write_shards(made, specs, _unpacked(arrays, parts), shard_bytes)
 
 
@@ -221,6 +221,17 @@ def _streamed(tensors: Tensors, leaves: list[Leaf]) -> dict[str, Any]:
 def _unpacked(arrays: Mapping[tuple[str, ...], Any], parts: list[tuple[Leaf, Piece]]) -> Iterator[np.ndarray]:
     for leaf, piece in parts:
         yield from piece.unpack(arrays[leaf.path][piece.at].read().result())
+
+
+def _copy(source: AnyPath, target: Path, names: Sequence[str], root: AnyPath) -> None:
+    """Copies those of the files that are there. Raises ValueError for a link that leads out of `root`."""
+    for name in names:
+        path = source / name
+        if not path.is_file():
+            continue
+        if not (is_remote(path) or Path(path).resolve().is_relative_to(root)):
+            raise ValueError(f"{path} is a link to {Path(path).resolve()}, outside of {root}: put a copy in its place.")
+        (target / name).write_bytes(path.read_bytes())
 
 
 @contextlib.contextmanager

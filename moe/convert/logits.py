@@ -23,8 +23,9 @@ def write_logits(
     if logits.exists():
         raise ValueError(f"{logits} exists: choose another name, or remove it.")
     try:
-        tokens_BL = np.load(tokens, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        with open(tokens, "rb") as file:
+            tokens_BL = np.lib.format.read_array(file, allow_pickle=False)
+    except (ValueError, EOFError, MemoryError, OverflowError) as error:
         raise ValueError(f"{tokens} is not a .npy file of numbers: {error}.") from None
     loaded = load_model(workdir, step, ["moe.evaluation_capacity_factor=0", *overrides])
     config = loaded.config.model
@@ -46,6 +47,7 @@ def write_logits(
     rows = batch_shards(loaded.mesh)
     temporary = logits.with_name(f".{logits.name}.tmp")
     shape = (*tokens_BL.shape, config.vocab_size)
+    temporary.unlink(missing_ok=True)
     try:
         out_BLV = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
         for start in range(0, len(tokens_BL), rows):

@@ -115,7 +115,7 @@ def read_json(path: AnyPath) -> dict[str, Any]:
         table = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"there is no {path}.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(table, dict):
         raise ValueError(f"{path} must hold a JSON object.")
@@ -142,11 +142,11 @@ def _files(folder: Path) -> list[Path]:
     """The files of the index, or the only one; all there."""
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{folder / INDEX} has no table weight_map.")
+        if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_text, weight_map.values())):
+            raise ValueError(f"{folder / INDEX} has no table weight_map of tensors and their files.")
         names = sorted(set(weight_map.values()))
         # A name that leads elsewhere is no file of this model.
-        if any(Path(name).name != name for name in names):
+        if any(Path(name).name != name or name in ("", "..") for name in names):
             raise ValueError(f"{folder / INDEX} names files outside of {folder}.")
     else:
         names = [SINGLE]
@@ -154,6 +154,10 @@ def _files(folder: Path) -> list[Path]:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} lacks {name}: download it again.")
     return [folder / name for name in names]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _read_header(path: Path) -> dict[str, _Place]:
@@ -167,9 +171,12 @@ def _read_header(path: Path) -> dict[str, _Place]:
         text = file.read(length)
     try:
         header = json.loads(text)
+    except (ValueError, RecursionError):
+        header = None
+    try:
         header.pop("__metadata__", None)
         return {name: _read_entry(path, name, 8 + length, size, **entry) for name, entry in header.items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, IndexError):
+    except (TypeError, AttributeError):
         raise ValueError(f"{path} has a damaged header: download it again.") from None
 
 
@@ -182,6 +189,8 @@ def _read_entry(
             f"{name} in {path} is of type {dtype}: weights of {', '.join(DTYPES)} can be converted, so convert the "
             "unquantised model."
         )
+    if not all(type(number) is int for number in (*shape, *data_offsets)) or len(data_offsets) != 2:
+        raise TypeError("numbers of another kind")
     spec = Spec(dtype, tuple(shape))
     begin, end = first + data_offsets[0], first + data_offsets[1]
     if not (min(shape, default=0) >= 0 and first <= begin and end - begin == spec.nbytes and end <= size):

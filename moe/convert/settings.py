@@ -39,6 +39,8 @@ PROJECTIONS = {"w_gate": "gate_proj", "w_in": "up_proj", "w_out": "down_proj"}
 # Versions of transformers differ in which of these they write for one architecture.
 _EXPERTS = ("num_experts", "num_local_experts")
 _WINDOWED = "sliding_attention"
+# Blocks or experts that a model can have; a config.json that asks for more isn't one.
+_MOST = 100_000
 ARCHITECTURES = (
     Architecture(
         "MixtralForCausalLM",
@@ -95,6 +97,8 @@ class Settings(NamedTuple):
 def find_architecture(table: Mapping[str, Any]) -> Architecture:
     """The architecture that a config.json names. Raises ValueError for one that isn't supported."""
     names = table.get("architectures") or []
+    if not isinstance(names, list):
+        raise ValueError(f"config.json has architectures = {names!r}: it must be a list.")
     for one in ARCHITECTURES:
         if one.class_name in names or (not names and table.get("model_type") == one.model_type):
             return one
@@ -110,6 +114,14 @@ def parse(table: Mapping[str, Any]) -> Settings:
     Raises ValueError where it lacks something, or asks for what our model doesn't do.
     """
     one = find_architecture(table)
+    try:
+        return _parse(table, one)
+    except (TypeError, AttributeError, KeyError, ZeroDivisionError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config.json has a value that can't stand there: {reason}.") from error
+
+
+def _parse(table: Mapping[str, Any], one: Architecture) -> Settings:
     for name, wanted in (
         ("hidden_act", "silu"),
         ("clip_qkv", None),
@@ -123,12 +135,12 @@ def parse(table: Mapping[str, Any]) -> Settings:
 
 
 def _parse_experts(table: Mapping[str, Any], one: Architecture) -> tuple[MoeConfig, Softmax]:
-    num_experts = next((table[name] for name in _EXPERTS if table.get(name)), None) or _lacks(one.experts)
+    num_experts = next((_count(table, name) for name in _EXPERTS if table.get(name)), None) or _lacks(one.experts)
     moe = MoeConfig(
-        num_experts=num_experts, expert_width=_need(table, one.expert_width), group_size=1, dispatch="dropless"
+        num_experts=num_experts, expert_width=_count(table, one.expert_width), group_size=1, dispatch="dropless"
     )
     router = Softmax(
-        k=_need(table, "num_experts_per_tok"),
+        k=_count(table, "num_experts_per_tok"),
         renormalize=one.model_type == "mixtral" or bool(table.get("norm_topk_prob", False)),
         jitter=float(table.get("router_jitter_noise", 0.0)),
         balance_weight=float(table.get("router_aux_loss_coef", 0.0)),
@@ -142,12 +154,12 @@ def _parse_experts(table: Mapping[str, Any], one: Architecture) -> tuple[MoeConf
 
 def _upcycled(table: Mapping[str, Any]) -> tuple[MoeConfig, Softmax]:
     """The experts that a dense model lacks, as its copies would compute the same (see `moe.ops.upcycle`)."""
-    moe = MoeConfig(expert_width=_need(table, "intermediate_size"), group_size=1, dispatch="dropless")
+    moe = MoeConfig(expert_width=_count(table, "intermediate_size"), group_size=1, dispatch="dropless")
     return moe, Softmax(renormalize=True, noise=0.0, importance_weight=0.0, load_weight=0.0, balance_weight=0.01)
 
 
 def _parse_model(table: Mapping[str, Any], one: Architecture) -> LmConfig:
-    width, heads, depth = (_need(table, name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    width, heads, depth = (_count(table, name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     # Llama and Qwen2 came before there were such fields; what Qwen3 means without head_dim isn't width / heads.
     if one.experts and "num_key_value_heads" not in table:
         _lacks("num_key_value_heads")
@@ -158,14 +170,14 @@ def _parse_model(table: Mapping[str, Any], one: Architecture) -> LmConfig:
     theta, scaling = _rope(table, one)
     stored = table.get("dtype") or table.get("torch_dtype")
     return LmConfig(
-        vocab_size=_need(table, "vocab_size"),
-        length=_need(table, "max_position_embeddings"),
+        vocab_size=_count(table, "vocab_size"),
+        length=_count(table, "max_position_embeddings"),
         width=width,
         depth=depth,
         heads=heads,
         kv_heads=table.get("num_key_value_heads") or heads,
         head_width=head_width,
-        mlp_width=_need(table, "intermediate_size"),
+        mlp_width=_count(table, "intermediate_size"),
         moe_every=moe_every,
         dense_layers=dense_layers,
         window=_window(table, one, depth),
@@ -376,6 +388,14 @@ def _meaning(settings: Settings) -> dict[str, Any]:
 
 def _need(table: Mapping[str, Any], name: str) -> Any:
     return table[name] if table.get(name) is not None else _lacks(name)
+
+
+def _count(table: Mapping[str, Any], name: str) -> int:
+    """A whole number of at least 1, and of blocks or experts not more than any model has."""
+    value, most = _need(table, name), _MOST if name in ("num_hidden_layers", *_EXPERTS) else 2**31 - 1
+    if type(value) is not int or not 1 <= value <= most:
+        raise ValueError(f"config.json has {name} = {value!r}: it must be a whole number from 1 to {most}.")
+    return value
 
 
 def _lacks(name: str) -> Any:

@@ -48,7 +48,7 @@ def open_source(path: AnyPath) -> Source:
 
     Raises CheckpointError where it isn't there or can't be read, ValueError where it is none of these or not supported.
     """
-    if path.parent.name == "checkpoints" and path.name.isdigit():
+    if path.parent.name == "checkpoints" and path.name.isdecimal():
         return _open_workdir(path.parent.parent, int(path.name))
     if not path.is_dir():
         raise CheckpointError(f"init_from = {path}: there is no such folder.")

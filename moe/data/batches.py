@@ -124,10 +124,12 @@ class TrainIterator(grain.DatasetIterator):
         return {"examples": self._examples, "skipped": self.skipped}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a position that `get_state` returned; without "skipped", nothing was."""
+        """Goes to a position that `get_state` returned; without "skipped", nothing was. ValueError for others."""
+        counts = [state.get("examples"), state.get("skipped", 0)] if isinstance(state, dict) else [None]
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError(f"a position in the data must be {{'examples': N, 'skipped': M}}, not {state!r}")
         self.close()
-        self._examples = state["examples"]
-        self.skipped = state.get("skipped", 0)
+        self._examples, self.skipped = counts
 
     def indices(self, examples: int) -> list[Any]:
         """What the parent calls the examples of the batch, of all hosts, that begins behind so many examples."""

@@ -32,6 +32,8 @@ from moe.data.tokenizer import NotUtf8Error, Tokenizer, TokenizerConfig, identif
 _FORMAT = 1
 _META = "meta.json"
 _CHUNK = 2**22
+_ARRAYS = {"tokens", "sizes", "starts", "documents"}
+_DTYPES = {"uint16": np.uint16, "int32": np.int32}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,19 +117,21 @@ def _checked(folder: str, key: str, changed: tuple[int, ...]) -> Corpus:
     del changed  # only so that what changes on disk is looked at again
     try:
         meta = json.loads((Path(folder) / _META).read_text())
-        arrays = meta["arrays"]
-        found = meta["key"]
-    except (OSError, ValueError, KeyError, TypeError):
+        arrays = {name: (int(size), int(crc)) for name, (size, crc) in meta["arrays"].items()}
+        found, dtype, notes = meta["key"], meta["dtype"], list(map(str, meta["notes"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _DamageError("has no meta.json that can be read") from None
     if found != key:
         raise _DamageError("is of other text")
+    if not _ARRAYS - {"sizes"} <= arrays.keys() <= _ARRAYS or dtype not in list(_DTYPES):
+        raise _DamageError("has a meta.json of another kind")
     for name, (size, crc) in arrays.items():
         path = Path(folder) / name
         if not path.is_file() or path.stat().st_size != size:
             raise _DamageError(f"is damaged ({name} does not have its {size} bytes)")
         if _crc(path) != crc:
             raise _DamageError(f"is damaged ({name} has changed)")
-    for note in meta["notes"]:
+    for note in notes:
         print(note, flush=True)
     return _map(folder)
 
@@ -143,13 +147,13 @@ def _crc(path: Path) -> int:
 def _map(folder: str) -> Corpus:
     meta = json.loads((Path(folder) / _META).read_text())
 
-    def array(name: str, dtype: str) -> np.ndarray:
+    def array(name: str, dtype: Any) -> np.ndarray:
         return np.memmap(Path(folder) / name, dtype, "r")
 
     return Corpus(
         folder=folder,
         meta=meta,
-        tokens=array("tokens", meta["dtype"]),
+        tokens=array("tokens", _DTYPES[meta["dtype"]]),
         sizes=array("sizes", "uint32") if "sizes" in meta["arrays"] else None,
         starts=array("starts", "int64"),
         documents=array("documents", "int64").reshape(-1, 4),

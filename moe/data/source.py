@@ -3,9 +3,11 @@
 import contextlib
 import functools
 import io
+import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -69,12 +71,14 @@ def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     that neither the code that wrote them nor TensorFlow is needed.
 
     Raises:
-        ValueError: no such set is prepared there.
+        ValueError: no such set is prepared there, or it wants code of its own.
         OSError: a set of `BUILDERS` cannot be written there.
     """
     if name in BUILDERS:
         prepare(name, data_dir)
         return BUILDERS[name](data_dir=data_dir)
+    for path in pathlib.Path(data_dir, re.split("[/:]", name)[0]).rglob("features.json"):
+        _check_classes(path)
     try:
         return read_only_builder.builder_from_files(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
@@ -83,6 +87,23 @@ def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
             f"data.name or data.data_dir, or prepare it with `tfds build {name} --data_dir={data_dir} "
             "--file_format=array_record` where TensorFlow is installed"
         ) from error
+
+
+def _check_classes(path: pathlib.Path) -> None:
+    """Raises ValueError where features are of classes that aren't tfds's own, whose modules it would import."""
+    try:
+        parts = [json.loads(path.read_text())]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): prepare the data set again") from None
+    for part in parts:  # which grows
+        if isinstance(part, list):
+            parts += part
+        if not isinstance(part, dict):
+            continue
+        parts += part.values()
+        for name in map(part.get, ("pythonClassName", "python_class_name", "type")):
+            if isinstance(name, str) and "." in name and not name.startswith("tensorflow_datasets."):
+                raise ValueError(f"{path} asks for {name}, which isn't of tfds: data sets are read without other code")
 
 
 class ImageSplit:

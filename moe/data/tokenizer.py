@@ -18,6 +18,8 @@ from jaxtyping import Int32, Int64
 
 # What published tokenizers call the token that a document ends with.
 _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
+# No published vocabulary has a tenth of it; memory is set aside for all up to the largest.
+_MOST_TOKENS = 2**24
 _EXTRA = "pip install 'moe-jax[text]'"
 
 Ids: TypeAlias = np.ndarray | Sequence[int]
@@ -117,20 +119,34 @@ class HuggingFace:
 
     def __init__(self, path: str, begin: str = "", end: str = "") -> None:
         """Reads the file; errors as `open_tokenizer`."""
-        tokenizers = _import("tokenizers", path)
+        try:
+            import tokenizers
+        except ModuleNotFoundError as error:
+            raise _not_installed("tokenizers", path) from error
         self._path = path
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(path)
-        except Exception as error:  # the package raises nothing more specific
+        except BaseException as error:
+            _raise_unless_theirs(error)
             raise ValueError(f"tokenizer file {path} is no tokenizer.json of `tokenizers` ({error})") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if not 0 < self.vocab_size <= _MOST_TOKENS:
+            raise ValueError(
+                f"tokenizer file {path} numbers its {len(vocabulary)} tokens up to {self.vocab_size - 1}: it must have "
+                f"some, and none above {_MOST_TOKENS - 1}"
+            )
         before, behind = self._template()
         self.end = behind if behind is not None and not end else _find(vocabulary, end, path, "end")
         self.begin = _find(vocabulary, begin, path, "begin") if begin else self.end if before is None else before
+        if (highest := max(self.begin, self.end)) >= self.vocab_size:
+            raise ValueError(
+                f"tokenizer file {path} puts token {highest} about a text and numbers its tokens up to "
+                f"{self.vocab_size - 1}: name others in data.tokenizer.begin and data.tokenizer.end"
+            )
         # In a byte-level vocabulary each letter of a piece is a byte, so that its size is known by itself.
         self._sizes = np.zeros(self.vocab_size, np.int64)
         if _is_byte_level(json.loads(self._tokenizer.to_str())):
@@ -161,7 +177,8 @@ class HuggingFace:
     def _encode(self, text: str, add_special_tokens: bool = False) -> Any:
         try:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        except Exception as error:  # the package raises nothing more specific
+        except BaseException as error:
+            _raise_unless_theirs(error)
             raise ValueError(f"tokenizer file {self._path} cannot encode this ({error})") from error
 
     def _template(self) -> tuple[int | None, int | None]:
@@ -182,7 +199,10 @@ class SentencePiece:
 
     def __init__(self, path: str, begin: str = "", end: str = "") -> None:
         """Reads the file; errors as `open_tokenizer`."""
-        sentencepiece = _import("sentencepiece", path)
+        try:
+            import sentencepiece
+        except ModuleNotFoundError as error:
+            raise _not_installed("sentencepiece", path) from error
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=path)
         except (RuntimeError, OSError) as error:
@@ -234,11 +254,14 @@ def identify_tokenizer(config: TokenizerConfig) -> list[Any]:
     return [package, importlib.metadata.version(package), content, tokenizer.begin, tokenizer.end]
 
 
-def _import(package: str, path: str) -> Any:
-    try:
-        return __import__(package)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"tokenizer file {path} is read by the package {package}, not installed: {_EXTRA}") from error
+def _not_installed(package: str, path: str) -> ValueError:
+    return ValueError(f"tokenizer file {path} is read by the package {package}, not installed: {_EXTRA}")
+
+
+def _raise_unless_theirs(error: BaseException) -> None:
+    """Raises what `tokenizers` didn't: it knows plain exceptions, and panics, which aren't even that."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
 
 
 def _find(vocabulary: dict[str, int], token: str, path: str, role: str) -> int:

@@ -45,7 +45,7 @@ class ViTConfig(ModelConfig):
         super().__post_init__()
         if len(self.image_size) != 3:
             raise ValueError(f"model.image_size = {self.image_size} must be height, width and channels.")
-        if any(side % self.patch_size for side in self.image_size[:2]):
+        if self.patch_size < 1 or any(side % self.patch_size for side in self.image_size[:2]):
             raise ValueError(
                 f"model.patch_size = {self.patch_size} must divide the sides of model.image_size = {self.image_size}."
             )

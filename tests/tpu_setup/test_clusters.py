@@ -1,6 +1,9 @@
 """The files for GKE and SkyPilot: they say what train.py means, and those projects accept them."""
 
+import os
 import shlex
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,7 +49,24 @@ def test_skypilot_recovers_what_a_new_start_mends() -> None:
     recovery = task["resources"]["job_recovery"]
     assert recovery["recover_on_exit_codes"] == [cli.STOPPED]
     assert recovery["max_restarts_on_errors"] == 0
-    assert shlex.split(task["run"])[:3] == ["exec", ".venv/bin/python", "train.py"]
+    assert shlex.split(task["run"].splitlines()[-1])[:3] == ["exec", ".venv/bin/python", "train.py"]
+
+
+def test_skypilot_passes_the_variables_on_as_words(tmp_path: Path) -> None:
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/usr/bin/env bash\nprintf '%s\\n' \"$@\"\n")
+    python.chmod(0o755)
+    environment = {
+        **os.environ,
+        "WORKDIR": "gs://b/a b/$(touch canary)`touch canary`;touch canary",
+        "TRAIN": "--config=c.py --config.x=* $(touch canary) `touch canary` ; touch canary",
+    }
+    run = ["bash", "-c", load("skypilot.yaml")["run"]]
+    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    words = environment["TRAIN"].split()
+    assert done.stdout.splitlines() == ["train.py", f"--workdir={environment['WORKDIR']}", *words]
+    assert not (tmp_path / "canary").exists()
 
 
 @pytest.mark.clusters

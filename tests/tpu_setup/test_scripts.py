@@ -1,5 +1,6 @@
 """From nothing to a running job and back, against a stand-in for gcloud whose hosts run what they are told."""
 
+import itertools
 import json
 import re
 import shlex
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,6 +72,70 @@ def test_arguments_arrive_as_they_were_given(world: World) -> None:
     world.run("watch.sh", *RUN)
     for host in world.hosts():
         assert json.loads((host / "moe" / "arguments.json").read_text()) == ["--workdir=gs://b/runs/x", *odd]
+
+
+# Each would make the canary, or fall apart, where a shell read it once more than it should.
+HOSTILE = (
+    "$(touch {canary})",
+    "`touch {canary}`",
+    "; touch {canary};",
+    "' ; touch {canary} ; '",
+    '" ; touch {canary} ; "',
+    "\n touch {canary}\n",
+    "x && touch {canary} || touch {canary} &",
+    "| touch {canary} #",
+    "$HOME ${{PATH}} ~ * ? [a-z] {{a,b}} !x \\ \t %s é",
+    "'\\''$(touch {canary})'\\''",
+)
+
+
+def hostile(world: World) -> list[str]:
+    return [text.format(canary=world.folder / "canary") for text in HOSTILE]
+
+
+def test_nothing_of_an_argument_is_run(world: World) -> None:
+    odd = [f"--config.x={text}" for text in hostile(world)]
+    workdir = "--workdir=gs://b/runs/" + "".join(hostile(world)[:6])
+    world.run("babysit.sh", "--type=v5e-8", "--direct", "--keep", workdir, "--every=0", "--", *odd)
+    for host in world.hosts():
+        assert json.loads((host / "moe" / "arguments.json").read_text()) == [workdir, *odd]
+    assert "ended with exit code 0" in world.run("watch.sh", workdir, "--every=0")
+    assert not (world.folder / "canary").exists()
+
+
+@pytest.mark.parametrize("by", ["flags", "variables"])
+def test_project_zone_and_runtime_are_one_argument_each(by: str, world: World) -> None:
+    for text in hostile(world)[2::3]:
+        place = {"MOE_PROJECT": text, "MOE_ZONE": text}
+        given = [f"--project={text}", f"--zone={text}"]
+        options: dict[str, Any] = {"place": False} | (place if by == "variables" else {})
+        words = [f"--runtime={text}", *(given if by == "flags" else [])]
+        commands = shown(world.run("create.sh", "--type=v5e-8", "--direct", "--dry-run", *words, **options))
+        before = len(world.calls())
+        world.run("create.sh", "--type=v5e-8", "--direct", *words, **options)
+        # Where nothing is, gcloud is asked why.
+        did = [call for call, next_ in itertools.pairwise([*world.calls()[before:], []]) if call != next_]
+        assert did == commands
+        assert f"--version={text}" in did[-1]
+        assert all(call[-2:] == given or set(given) < set(call) for call in did)
+        world.run("delete.sh", *words[1:], **options)
+        assert world.left() == {}
+    assert not (world.folder / "canary").exists()
+
+
+def test_names_and_numbers_are_checked(world: World) -> None:
+    for text in hostile(world):
+        for flag in ("name", "slices", "every", "wait", "attempts"):
+            assert f"--{flag}=" in world.run("babysit.sh", f"--{flag}={text}", *RUN, "--", "--config=c.py", code=2)
+        assert "--lines=" in world.run("watch.sh", f"--lines={text}", *RUN, code=2)
+        assert "--type=" in world.run("create.sh", f"--type={text}", code=2)
+        assert "--type=" in world.run("create.sh", f"--type=v5e-8{text}", code=2)
+        assert "unknown flag" in world.run("create.sh", f"--{text}", code=2)
+        assert "--name=" in world.run("status.sh", code=2, MOE_NAME=text)
+    for text in ("08", "99999999999999999999"):
+        assert "must be a number" in world.run("watch.sh", f"--slices={text}", *RUN, code=2)
+    assert world.calls() == []
+    assert not (world.folder / "canary").exists()
 
 
 def test_stopping_saves_and_launching_goes_on(world: World) -> None:
@@ -283,15 +349,17 @@ def test_a_dry_run_shows_what_is_run_and_nothing_else(world: World) -> None:
         calls = [[re.sub(r"/\S*/moe\.tar\.gz$", "moe.tar.gz", word) for word in call] for call in calls]
         return [call for index, call in enumerate(calls) if call not in calls[:index]]
 
-    secrets = {"HF_TOKEN": "hf_secret", "WANDB_API_KEY": "wandb_secret"}
+    names = ("TOKEN", "KEY", "SECRET", "PASSWORD", "HF_TOKEN", "WANDB_API_KEY", "GOOGLE_APPLICATION_CREDENTIALS")
+    secrets = {name: f"{name.lower()}_s3cr3t" for name in names}
     for script, arguments in STEPS.items():
         before = len(world.calls())
         text = world.run(
             script, *([arguments[0], "--dry-run", *arguments[1:]] if arguments else ["--dry-run"]), **secrets
         )
         assert len(world.calls()) == before, script
-        assert "secret" not in text
-        world.run(script, *arguments)
+        said = world.run(script, *arguments, **secrets)
+        assert "s3cr3t" not in text + said
+        assert "s3cr3t" not in json.dumps(world.calls()[before:])
         would, did = distinct(shown(text)), distinct(world.calls()[before:])
         if script == "delete.sh":
             # A node goes with its request; by itself it is deleted only where one is left.
