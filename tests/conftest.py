@@ -3,7 +3,6 @@
 import gc
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from tests import compiling
 
@@ -29,8 +28,5 @@ def eight_devices() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def room_for_programs() -> Iterator[None]:
-    """Compiled programs are forgotten before there are 65 530 maps of memory, where Linux ends the process."""
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and len(maps.read_text().splitlines()) > 30_000:
-        jax.clear_caches()
+    compiling.make_room()
