@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ml_collections
+import numpy as np
 
 from moe import isotonic, topk
 from moe.checkpoint import CheckpointConfig
@@ -79,6 +80,10 @@ class Config:
         for name in ("steps", "batch_size", "accumulation_steps", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1.")
+        if self.evaluate_every < 0:
+            raise ValueError(f"evaluate_every = {self.evaluate_every} must not be negative.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed = {self.seed} must lie between 0 and {2**32 - 1}.")
         if self.batch_size % self.accumulation_steps:
             raise ValueError(
                 f"accumulation_steps = {self.accumulation_steps} must divide batch_size = {self.batch_size}."
@@ -180,7 +185,7 @@ def _field(table: ml_collections.ConfigDict, name: str, path: str) -> Any:
 def _unknown(path: str, name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    return f"unknown config field '{path}': {hint}the fields there are {', '.join(sorted(known))}."
+    return f"unknown config field {path!r}: {hint}the fields there are {', '.join(sorted(known))}."
 
 
 def _parse(text: str, old: Any, path: str) -> Any:
@@ -197,7 +202,7 @@ def _parse(text: str, old: Any, path: str) -> Any:
                 return text
             case tuple() | list():
                 return tuple(ast.literal_eval(text))
-    except (ValueError, KeyError, SyntaxError, TypeError, ZeroDivisionError):
+    except (ValueError, KeyError, SyntaxError, TypeError, ArithmeticError):
         pass
     if isinstance(old, ml_collections.ConfigDict):
         raise ValueError(f"config field {path} is a table: set one of its fields, {', '.join(sorted(old))}.")
@@ -252,10 +257,10 @@ def _choose(options: Mapping[str, Any], table: Any, path: str) -> Any:
     if not isinstance(table, Mapping) or "name" not in table:
         raise ValueError(f"config field '{_join(path, 'name')}' is missing: it must be one of {', '.join(options)}.")
     name = table["name"]
-    if name not in list(options):
+    if not isinstance(name, str) or name not in options:
         close = difflib.get_close_matches(str(name), list(options), n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise ValueError(f"unknown {path} '{name}': it must be one of {', '.join(options)}.{hint}")
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        raise ValueError(f"unknown {path} {name!r}: {hint}it must be one of {', '.join(options)}.")
     # A field that only others share (k, where the router is one of all experts) does as little harm as their tables.
     others = {field for option in options.values() for field in _field_names(option)} - _field_names(options[name])
     shared = {key: value for key, value in table.items() if key not in {"name", *options, *others}}
@@ -285,13 +290,26 @@ def _check(kind: Any, value: Any, path: str) -> Any:
             raise ValueError(f"config field {path} = {value!r} must be one of {', '.join(map(repr, options))}.")
         return value
     if isinstance(kind, types.UnionType):
-        raise TypeError(f"config field {path} is annotated with a union, which configs can't express")
+        raise ValueError(f"config field {path} = {value!r} can't be set in a config: leave it out.")
+    if kind is Any:
+        return value
     origin = typing.get_origin(kind) or kind
     if origin is tuple and isinstance(value, list | tuple):
         entry = (*typing.get_args(kind), Any)[0]
-        return tuple(value if entry is Any else (_check(entry, one, path) for one in value))
-    if origin is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, origin) or (origin is int and isinstance(value, bool)):
+        return tuple(_check(entry, one, f"{path}[{index}]") for index, one in enumerate(value))
+    wanted = (int, float) if origin is float else origin
+    if not isinstance(value, wanted) or (isinstance(value, bool) and origin is not bool):
         raise ValueError(f"config field {path} = {value!r} must be of type {origin.__name__}.")
-    return value
+    return _number(origin, value, path) if origin in (int, float) else value
+
+
+def _number(kind: type, value: Any, path: str) -> Any:
+    """`value` if 32 bits hold it, as they have to on devices: no NaN, no infinity, nothing that rounds to 0."""
+    if kind is int and abs(value) >= 2**32:
+        raise ValueError(f"config field {path} = {value} must lie between -{2**32 - 1} and {2**32 - 1}.")
+    least, most = (float(size) for size in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+    if kind is float and value != 0 and not least <= abs(value) <= most:
+        raise ValueError(
+            f"config field {path} = {value} must be 0 or, with either sign, lie between {least:.2g} and {most:.2g}."
+        )
+    return kind(value)

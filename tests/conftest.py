@@ -30,11 +30,8 @@ def eight_devices() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def room_for_programs() -> Iterator[None]:
-    """Compiled programs are forgotten before there are 65 530 maps of memory, where Linux ends the process."""
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and len(maps.read_text().splitlines()) > 30_000:
-        jax.clear_caches()
+    compiling.make_room()
 
 
 @pytest.fixture

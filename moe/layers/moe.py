@@ -70,8 +70,8 @@ class MoeConfig:
                 f"moe.dispatch = 'dropless' has no queues to give moe.evaluation_capacity_factor = "
                 f"{self.evaluation_capacity_factor} to: set that to 0, or choose 'capacity'."
             )
-        if not self.receive_factor > 0:
-            raise ValueError(f"moe.receive_factor = {self.receive_factor} must be positive.")
+        if not 0 < self.receive_factor < math.inf:
+            raise ValueError(f"moe.receive_factor = {self.receive_factor} must be positive and finite.")
         if self.shared_gate and self.shared_experts == 0:
             raise ValueError("moe.shared_gate = True needs moe.shared_experts of at least 1, not 0.")
 
@@ -95,11 +95,12 @@ class Moe(nnx.Module):
         self.router = router
         self.activation = activation
         key_gate, key_experts = jax.random.split(key)
+        # First of all, since it says whether k experts are to be had.
+        params, state = router.init(config.num_experts)
         num_logits = router.num_logits(config.num_experts)
         self.w_gate = matrix(key_gate, (width, num_logits), ("embed", None), fan_in=width)
         self.experts = nnx.Dict(init_mlp(key_experts, width, config.expert_width, activation, config.num_experts))
         self.shared = nnx.Dict(self._init_shared(width, key))
-        params, state = router.init(config.num_experts)
         self.router_params = nnx.data(jax.tree.map(lambda v: nnx.Param(v, axes=(None,) * v.ndim), params))
         self.router_state = nnx.data(jax.tree.map(lambda v: RouterState(v, axes=(None,) * v.ndim), state))
 

@@ -235,7 +235,9 @@ def _summed_loss(
     partitioner, as are rows that don't deal out evenly, they would be for every chunk. The vocabulary may be cut along
     the tensor axis, which stays the partitioner's.
     """
-    if mesh.size == 1 or x_BLD.shape[0] % batch_shards(mesh):
+    shards = batch_shards(mesh)
+    # All rows on one device, or on one for each piece of the tensor axis: XLA refuses a sum over such batch axes.
+    if shards == 1 or x_BLD.shape[0] % shards:
         return vocabulary_loss(x_BLD, head_DV, target_BL, mask_BL, settings)
 
     def local(head: Array, x: Array, target: Array, mask: Array) -> Sums:

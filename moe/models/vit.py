@@ -43,9 +43,12 @@ class ViTConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.image_size) != 3:
-            raise ValueError(f"model.image_size = {self.image_size} must be height, width and channels.")
-        if self.patch_size < 1 or any(side % self.patch_size for side in self.image_size[:2]):
+        for name in ("patch_size", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} = {getattr(self, name)} must be at least 1.")
+        if len(self.image_size) != 3 or min(self.image_size) < 1:
+            raise ValueError(f"model.image_size = {self.image_size} must be height, width and channels, none below 1.")
+        if any(side % self.patch_size for side in self.image_size[:2]):
             raise ValueError(
                 f"model.patch_size = {self.patch_size} must divide the sides of model.image_size = {self.image_size}."
             )

@@ -1,5 +1,6 @@
 """Sends tokens to experts across devices, and brings the results back."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -77,8 +78,8 @@ def dispatch(
     """
     name = _chosen(implementation, capacity)
     apply_experts = partial(_apply_pieces, apply_experts)
-    if not receive_factor > 0:
-        raise ValueError(f"receive_factor = {receive_factor} must be positive.")
+    if not 0 < receive_factor < math.inf:
+        raise ValueError(f"receive_factor = {receive_factor} must be positive and finite.")
     _check_shapes(weights, x_GTD, routing, num_experts)
     divides = x_GTD.shape[0] % batch_shards(mesh) == 0
     # One device trades nothing: left to shard_map, its sums over one device would still copy every gradient.

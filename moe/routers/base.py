@@ -125,6 +125,8 @@ def best(scores_TE: Float[Array, "T E"], k: int) -> Int[Array, "T K"]:
 
 def check_expert_groups(k: int, num_experts: int, expert_groups: int, groups_per_token: int) -> None:
     """Raises ValueError unless E experts form equal groups, and those that a token may use hold k experts."""
+    if expert_groups < 1:
+        raise ValueError(f"router.expert_groups = {expert_groups} must be at least 1.")
     if not 1 <= groups_per_token <= expert_groups:
         raise ValueError(
             f"router.groups_per_token = {groups_per_token} must lie in 1..{expert_groups}, router.expert_groups."

@@ -5,12 +5,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from moe import topk
 from moe.routers import losses
 from moe.routers.base import answer, given, no_variables, one_logit_per_expert
 from moe.types import Assignments, Keys, PyTree, Routed, RouterInputs
+
+# Below every score, also where logits are large; not infinity, whose differences are no numbers.
+_LAST = float(np.finfo(np.float32).min)
 
 
 class Columns(NamedTuple):
@@ -90,8 +94,7 @@ def columns(scores_TE: Float[Array, "T E"], mask_T: Bool[Array, "T"], k: int, st
     """
     num_tokens, num_experts = scores_TE.shape
     tokens = jnp.sum(mask_T, dtype=jnp.int32)
-    # A large number and not infinity, whose differences are no numbers.
-    scores_ET = jnp.where(mask_T[None], scores_TE.T, -1e30)
+    scores_ET = jnp.where(mask_T[None], scores_TE.T, _LAST)
     top_EC, token_EC = jax.lax.top_k(scores_ET, -(-num_tokens * k // num_experts))
     rank_C = jnp.arange(1, top_EC.shape[1] + 1)
     within_C = rank_C <= -(-tokens * k // num_experts)
@@ -123,7 +126,7 @@ def unsorted_masses(
     """
     num_experts = scores_TE.shape[1]
     tokens = jnp.sum(mask_T, dtype=jnp.int32)
-    scores_TE = jnp.where(mask_T[:, None], scores_TE, -1e30)
+    scores_TE = jnp.where(mask_T[:, None], scores_TE, _LAST)
     most = jnp.maximum(-(-tokens * k // num_experts), 1)
     chosen_TE = (topk.hard_mask(scores_TE, most, axis=0) > 0) & mask_T[:, None]
     best_1E = jnp.max(scores_TE, axis=0, keepdims=True)

@@ -66,8 +66,9 @@ def reference() -> dict[str, Any]:
         pytest.param(MeshConfig(data=8), marks=pytest.mark.nightly),
         MeshConfig(data=2, expert=4),
         MeshConfig(data=1, fsdp=4, tensor=2),
+        MeshConfig(data=1, tensor=2),
     ],
-    ids=["data=8", "data=2,expert=4", "fsdp=4,tensor=2"],
+    ids=["data=8", "data=2,expert=4", "fsdp=4,tensor=2", "tensor=2"],
 )
 def test_the_mesh_changes_nothing(mesh: MeshConfig) -> None:
     """With two key-value heads, each with its queries, cut along the tensor axis, and the vocabulary as well."""

@@ -104,3 +104,13 @@ def test_settings_out_of_range_are_refused() -> None:
         SparseTransport(strength=0.0)
     with pytest.raises(ValueError, match=r"iterations = 0 must be at least 1"):
         SparseTransport(iterations=0)
+
+
+def test_padding_is_matched_with_nobody_where_logits_are_huge() -> None:
+    """Then log softmax(logits) of real tokens is as low as a large number that stands for padding might be."""
+    logits_TE = np.repeat([[1e30, -1e30, 0.0]], 6, axis=0).astype(np.float32)
+    mask_T = np.array([False, True, True, False, True, False])
+    inputs = RouterInputs(jnp.asarray(logits_TE), mask=jnp.asarray(mask_T))
+    rows = jax.device_get(SparseTransport(k=1)({}, inputs, {}, None)).routing
+    assert mask_T[rows.token[rows.valid]].all()
+    assert np.bincount(rows.expert[rows.valid], minlength=3).all()
