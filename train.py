@@ -277,7 +277,7 @@ def train(
             if profile.end(index, metrics):
                 hosts.say(f"profile written: xprof --logdir={workdir / 'profile'}")
             progress.advance()
-            is_stopping = stop.is_due(index) and index < config.steps
+            is_stopping = stop.is_due() and index < config.steps
             is_logged = is_stopping or is_due(index, config.log_every, config.steps)
             if is_logged:
                 values = log_values(jax.device_get(metrics), config) | rates.since_last(index) | clock.values()
@@ -293,8 +293,12 @@ def train(
                     saves.save(index, step.loop.leave(state), examples.get_state())
             if is_due(index, config.evaluate_every, config.steps):
                 with clock.spent("evaluation"):
-                    batches = watchdog.over(test_batches, f"evaluating after step {index}")
-                    test = task.evaluate(step.predict, step.loop.leave(state.variables), batches)
+                    batches = stop.during(watchdog.over(test_batches, f"evaluating after step {index}"))
+                    try:
+                        test = task.evaluate(step.predict, step.loop.leave(state.variables), batches)
+                    except hosts.Interrupted:
+                        is_stopping = True
+                        break
                 writer.write(index, flatten(test, "test"))
                 if saves.rate(index, test):
                     with clock.spent("checkpoint"):

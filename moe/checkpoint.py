@@ -17,6 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import orbax.checkpoint as ocp
@@ -90,7 +91,7 @@ class Checkpoints:
         if keep is None and not folder.is_dir():
             raise CheckpointError(f"there are no checkpoints in {folder}: give the workdir of a training run.")
         if not is_remote(folder) and folder.is_dir():
-            _check_links(self.folder)
+            _check_links(Path(folder))
         self._manager = self._open()
         if keep is not None and hosts.is_first():
             _remove_trash(self.folder)
@@ -338,7 +339,7 @@ def _one_failure() -> Iterator[None]:
         logger.disabled, (sys.unraisablehook, sys.excepthook) = False, hooks
 
 
-def _check_links(folder: AnyPath) -> None:
+def _check_links(folder: Path) -> None:
     """Raises CheckpointError where a step's folder is somewhere else: the oldest ones are deleted as a run goes on."""
     for path in folder.iterdir():
         if path.name.isdecimal() and path.is_symlink():

@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import NoReturn
 
 from absl import logging as absl_logging
@@ -74,10 +76,18 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
     return parser.parse_args(rest), overrides
 
 
+def _except(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As Python, but without what TensorStore's threads say when a read or write that failed no longer waits for them."""
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
+
+
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a program's `main` on the command line; a known error ends it with one sentence and no traceback."""
-    # What Orbax and tfds say at INFO and WARNING is about their own workings.
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    # What Orbax and tfds say is about their own workings, or is raised as well.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.excepthook = _except
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UsageError as error:

@@ -5,9 +5,10 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from jax.experimental import multihost_utils
 # Who they are, where no cluster says so. JAX itself reads the first.
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # Set to more than 1 in every process that Slurm's srun or Open MPI's mpirun starts as one of several.
+T = TypeVar("T")
 _LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
 
@@ -89,6 +91,10 @@ def follow(value: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
+class Interrupted(Exception):
+    """What was under way has ended before its time, since the run is to stop."""
+
+
 class StopSignal:
     """SIGTERM, with which clusters give notice that a machine is taken away: to one process, and all stop together.
 
@@ -97,6 +103,7 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         self._received = False
+        self._asked = 0
         self._before: Any = None
         # Of several processes JAX's preemption service listens, in each.
         self._together = jax.distributed.is_initialized()
@@ -111,6 +118,14 @@ class StopSignal:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = True
 
-    def is_due(self, step: int) -> bool:
-        """Whether the run is to stop after this step; every process asks after each step, and all get one answer."""
-        return multihost_utils.reached_preemption_sync_point(step) if self._together else self._received
+    def is_due(self) -> bool:
+        """Whether the run is to stop here; every process asks at the same places, and all get one answer."""
+        self._asked += 1
+        return multihost_utils.reached_preemption_sync_point(self._asked) if self._together else self._received
+
+    def during(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, as long as the run isn't to stop; where it is, raises Interrupted instead of the next."""
+        for item in items:
+            if self.is_due():
+                raise Interrupted
+            yield item

@@ -77,9 +77,13 @@ def test_processes_that_do_not_answer_are_named(joined: list[dict], monkeypatch:
 def test_a_signal_stops_at_the_next_step_and_no_longer_than_the_run() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with hosts.StopSignal() as stop:
-        assert not stop.is_due(1)
+        assert not stop.is_due()
+        items = stop.during(range(9))
+        assert next(items) == 0
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.is_due(2)
+        assert stop.is_due()
+        with pytest.raises(hosts.Interrupted):
+            next(items)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
