@@ -310,7 +310,7 @@ def router_fields(pick: Any, name: str, experts: int) -> dict[str, Any]:
 def mistaken(draw: st.DrawFn) -> tuple[str, ...]:
     """A right config with one mistake."""
     name, *overrides = draw(right())
-    model, router = draw(st.sampled_from(list(FILES))), draw(st.sampled_from(list(ROUTERS)))
+    model, router = draw(st.sampled_from(list(FILES))), draw(st.sampled_from(list(ROUTER_MISTAKES)))
     kind = draw(st.sampled_from(["any", "any", "router", "model", "k"]))
     if kind == "any":
         return (name, *overrides, *draw(_one_of(MISTAKES)))
