@@ -321,8 +321,8 @@ class Checkpoints:
 @contextlib.contextmanager
 def _one_failure() -> Iterator[None]:
     """Of arrays that are read side by side, the first failure counts; those of the others are not printed, too."""
-    logger, hooks = logging.getLogger("asyncio"), (sys.unraisablehook, sys.excepthook)
-    logger.disabled, sys.unraisablehook, sys.excepthook = True, lambda _: None, lambda *_: None
+    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    logger.disabled, sys.unraisablehook = True, lambda _: None
     try:
         yield
     except Exception as error:
@@ -336,7 +336,7 @@ def _one_failure() -> Iterator[None]:
         time.sleep(0.05)
         raise
     finally:
-        logger.disabled, (sys.unraisablehook, sys.excepthook) = False, hooks
+        logger.disabled, sys.unraisablehook = False, hook
 
 
 def _check_links(folder: Path) -> None:

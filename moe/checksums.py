@@ -30,7 +30,8 @@ def checksums(tree: PyTree) -> dict[str, str]:
     named = name_leaves(tree)
     if not named:
         return {}
-    sharding = next((leaf.sharding for leaf in named.values() if isinstance(leaf.sharding, NamedSharding)), None)
+    shardings = (getattr(leaf, "sharding", None) for leaf in named.values())
+    sharding = next((one for one in shardings if isinstance(one, NamedSharding)), None)
     everywhere = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
     sums = np.asarray(_program(everywhere)(list(named.values())))
     return {name: f"{high:08x}{low:08x}" for name, (high, low) in zip(named, sums.tolist(), strict=True)}

@@ -6,8 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import logging as absl_logging
 
@@ -76,10 +75,10 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
     return parser.parse_args(rest), overrides
 
 
-def _except(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """As Python, but without what TensorStore's threads say when a read or write that failed no longer waits for them."""
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
+def _unraisable(what: Any) -> None:
+    """As Python, but without what TensorStore's threads say of reads and writes that nobody waits for any more."""
+    if not (isinstance(what.exc_value, RuntimeError) and str(what.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(what)
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
@@ -87,7 +86,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     # What Orbax and tfds say is about their own workings, or is raised as well.
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    sys.excepthook = _except
+    sys.unraisablehook = _unraisable
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UsageError as error:

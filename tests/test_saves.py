@@ -165,9 +165,9 @@ def test_a_disk_that_refuses_to_grow_costs_no_step(tmp_path: Path) -> None:
     """Every file of a running process is held to a few bytes, and later no more; in the end all is there."""
     overrides = [*IMAGES, "--config.log_every=1", "--config.checkpoint.every=10"]
     alone, full = tmp_path / "alone", tmp_path / "full"
-    assert chaos.start(alone, [*overrides, "--config.steps=200"]).wait(timeout=300) == 0
+    assert chaos.start(alone, [*overrides, "--config.steps=80"]).wait(timeout=300) == 0
 
-    process = chaos.start(full, [*overrides, "--config.steps=200"])
+    process = chaos.start(full, [*overrides, "--config.steps=80"])
     _wait(lambda: (full / "checkpoints" / "10").is_dir(), process)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (LARGEST, resource.RLIM_INFINITY))
     _wait(lambda: "was not written" in _log(tmp_path, "full"), process)
@@ -177,14 +177,14 @@ def test_a_disk_that_refuses_to_grow_costs_no_step(tmp_path: Path) -> None:
     assert chaos.losses(full) == chaos.losses(alone)
 
     ends = tmp_path / "ends"
-    process = chaos.start(ends, [*overrides, "--config.steps=200"])
+    process = chaos.start(ends, [*overrides, "--config.steps=80"])
     _wait(lambda: (ends / "checkpoints" / "10").is_dir(), process)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (LARGEST, resource.RLIM_INFINITY))
     assert process.wait(timeout=300) == cli.FAILURE
     assert "Traceback" not in _log(tmp_path, "ends")
     saved = [path for path in (ends / "checkpoints").iterdir() if path.name.isdigit()]
     assert saved
-    assert chaos.start(ends, [*overrides, "--config.steps=200"]).wait(timeout=300) == 0
+    assert chaos.start(ends, [*overrides, "--config.steps=80"]).wait(timeout=300) == 0
     assert chaos.state_of(ends) == chaos.state_of(alone)
 
 

@@ -447,10 +447,8 @@ def test_metadata_that_name_arrays_elsewhere(name: str, merged: bool, checkpoint
 def test_types_in_metadata_are_looked_up_not_imported(checkpoints: Path, guard: Guard) -> None:
     path = checkpoints / "2" / "state" / "_METADATA"
     path.write_text(path.read_text().replace("np.ndarray", "os.system"))
-    for what in ("restore", "variables"):
-        with pytest.raises(CheckpointError, match="Unknown type") as error:
-            readings(checkpoints)[what]()
-        sentence(error)
+    for read in readings(checkpoints).values():
+        assert "\n" not in refusal(read)
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "profile", "tensorboard"])

@@ -47,7 +47,7 @@ def test_what_is_heard_of_goes_on(tmp_path: Path) -> None:
         for _ in range(5):
             time.sleep(0.2)
             watchdog.hear("computing")
-    with Watchdog(0, tmp_path):
+    with Watchdog(0.0, tmp_path):
         time.sleep(0.1)
     assert not (tmp_path / "stacks-0.txt").exists()
 
