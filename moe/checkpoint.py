@@ -195,6 +195,14 @@ class Checkpoints:
         """The model's variables alone, of a state that has them under that name; errors as `restore`."""
         return self._restore(step, {"variables": abstract_variables}, within="variables/")[1]["variables"]
 
+    def sums(self, step: int) -> dict[str, str]:
+        """The checksum of every array by its name (`moe.checksums`), none where they were not kept; errors as
+        `restore`.
+        """
+        with self._explained(step):
+            arrays = self._read_record(step).get("arrays", {})
+            return {name: total for name, (_, total) in arrays.items()}
+
     def _restore(self, step: int, abstract: PyTree, within: str = "") -> tuple[dict[str, Any], PyTree]:
         record: dict[str, Any] = {}
         restored: PyTree = None
