@@ -141,7 +141,7 @@ def test_processes_agree_that_a_checkpoint_is_damaged(alone: Path, tmp_path: Pat
     (workdir / "result.json").unlink()
     for text in finish(start(workdir, 2, 2, *mesh)):
         assert "Traceback" not in text
-    assert (workdir / "checkpoints" / "damaged" / str(STEPS)).is_dir()
+    assert (workdir / "checkpoints" / f"{STEPS}.damaged").is_dir()
     results = [json.loads((run / "result.json").read_text()) for run in (workdir, alone)]
     assert results[0]["test/loss"] == pytest.approx(results[1]["test/loss"], rel=1e-4)
 
