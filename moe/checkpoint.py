@@ -92,9 +92,11 @@ class Checkpoints:
             raise CheckpointError(f"there are no checkpoints in {folder}: give the workdir of a training run.")
         if not is_remote(folder) and folder.is_dir():
             _check_links(Path(folder))
+        if keep is not None and self.folder.is_dir():
+            if hosts.is_first():
+                _remove_trash(self.folder)
+            self._set_unreadable_aside()
         self._manager = self._open()
-        if keep is not None and hosts.is_first():
-            _remove_trash(self.folder)
 
     def _open(self) -> ocp.CheckpointManager:
         reading = self._keep is None
@@ -107,6 +109,18 @@ class Checkpoints:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             # It reads what the steps say of themselves.
             raise CheckpointError(f"the checkpoints in {self.folder} can't be read: {describe(error)}.") from error
+
+    def _set_unreadable_aside(self) -> None:
+        """One step whose own note Orbax can't read would keep it from opening all of them."""
+        found = ocp.path.step.standard_name_format().find_all(self.folder)
+        unreadable = {step.step: reason for step in found if (reason := _unreadable(step))}
+        if len(unreadable) == len(found):
+            return
+        for step, reason in unreadable.items():
+            place = self.folder / str(step)
+            hosts.say(
+                f"checkpoint {place} can't be read ({reason}): it is set aside in {self._rename(step)}", error=True
+            )
 
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, oldest first."""
@@ -306,6 +320,11 @@ class Checkpoints:
 
     def set_aside(self, step: int) -> AnyPath:
         """Renames a damaged checkpoint, so that it is no longer seen; returns its new place."""
+        target = self._rename(step)
+        self._manager.reload()
+        return target
+
+    def _rename(self, step: int) -> AnyPath:
         target = self.folder / f"{step}.damaged"
         number = 1
         while target.exists():
@@ -315,7 +334,6 @@ class Checkpoints:
         if hosts.is_first():
             (self.folder / str(step)).rename(target)
         hosts.wait("a damaged checkpoint is set aside")
-        self._manager.reload()
         return target
 
     def close(self) -> None:
@@ -345,6 +363,15 @@ def _one_failure() -> Iterator[None]:
         raise
     finally:
         logger.disabled, sys.unraisablehook = False, hook
+
+
+def _unreadable(step: ocp.path.step.Metadata) -> str:
+    """Why Orbax can't read what it noted of a step, or ""."""
+    try:
+        step.commit_timestamp  # noqa: B018, it is read from the disk
+    except Exception as error:
+        return describe(error)
+    return ""
 
 
 def _check_links(folder: Path) -> None:
