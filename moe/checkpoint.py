@@ -112,7 +112,7 @@ class Checkpoints:
 
     def _set_unreadable_aside(self) -> None:
         """One step whose own note Orbax can't read would keep it from opening all of them."""
-        found = ocp.path.step.standard_name_format().find_all(self.folder)
+        found = list(ocp.path.step.standard_name_format().find_all(self.folder))
         unreadable = {step.step: reason for step in found if (reason := _unreadable(step))}
         if len(unreadable) == len(found):
             return
