@@ -17,6 +17,8 @@ from moe.workdir import Loaded
 
 # Where the recorded weights stand among a router's state.
 _NAME = "recorded_weights"
+# Examples: every one of them holds the weights of all for a moment.
+_AT_A_TIME = 64
 
 
 def expert_weights(loaded: Loaded, inputs: Shaped[Array | np.ndarray, "B *size"]) -> Float[np.ndarray, "M B L E"]:
@@ -42,13 +44,13 @@ def expert_weights(loaded: Loaded, inputs: Shaped[Array | np.ndarray, "B *size"]
     def run(variables: Variables, inputs: Array) -> PyTree:
         return model.apply(variables, inputs, keys=None, mesh=loaded.mesh).routers.state
 
-    # Each example is routed by itself, so that those that fill up the last device change nothing.
+    # Each example is routed by itself, so that those that fill up the last part and device change nothing.
     shards = batch_shards(loaded.mesh)
-    rows = -(-len(inputs) // shards) * shards
-    padded = jnp.resize(jnp.asarray(inputs), (rows, *inputs.shape[1:]))
-    state = flatten_dict(run(variables, padded))
-    weights_MGTE = next(leaf for path, leaf in state.items() if path[-1] == _NAME)
-    return np.asarray(weights_MGTE)[:, : len(inputs)]
+    size = shards * min(-(-len(inputs) // shards), -(-_AT_A_TIME // shards))
+    parts = jnp.resize(jnp.asarray(inputs), (-(-len(inputs) // size), size, *inputs.shape[1:]))
+    states = [flatten_dict(jax.device_get(run(variables, part))) for part in parts]
+    weights = [next(leaf for path, leaf in state.items() if path[-1] == _NAME) for state in states]
+    return np.concatenate(weights, axis=1)[:, : len(inputs)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,6 +54,13 @@ def test_layers_stand_in_order_and_patches_row_by_row() -> None:
         np.testing.assert_array_equal(np.sort(weights_TE.argsort(axis=1)[:, 2:], axis=1), np.sort(expected, axis=1))
 
 
+def test_many_examples_go_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, images = load("softmax"), np.random.default_rng(1).random((19, 8, 8, 1), np.float32)
+    whole = expert_weights(loaded, images)
+    monkeypatch.setattr("moe.inspection._AT_A_TIME", 8)
+    np.testing.assert_allclose(expert_weights(loaded, images), whole, rtol=1e-5)
+
+
 def test_the_model_is_the_same_with_its_own_state() -> None:
     loaded = load("sigmoid")
     before = expert_weights(loaded, IMAGES)
