@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
+from sphinx.util import logging
 
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
-
-from docstrings import field_names, to_rst
 
 _project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())["project"]
 project, release = _project["name"], _project["version"]
@@ -36,13 +36,15 @@ python_maximum_signature_line_length = 100
 
 
 def _docstring(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    from docstrings import field_names, to_rst
+
     lines[:] = to_rst("\n".join(lines), field_names(thing), thing)
 
 
 def _signature(app: Sphinx, what: str, name: str, thing: Any, options: Any, given: str, returned: str) -> Any:
     """The signature as the source has it, where shapes have their letters and types their short names."""
     if inspect.isclass(thing) and issubclass(thing, BaseException):
-        return "", None
+        return None
     try:
         node = ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]
     except (OSError, TypeError, IndentationError):
@@ -68,13 +70,21 @@ def _skip(app: Sphinx, what: str, name: str, thing: Any, skip: bool, options: An
     return skip or type(thing).__name__ == "_tuplegetter"
 
 
+def _mathml(node: nodes.Element, *, as_block: bool) -> str:
+    try:
+        return tex2mathml(node.astext(), as_block=as_block)
+    except MathError as error:
+        logging.getLogger(__name__).warning("%s in %s", error, node.astext(), location=node)
+        return ""
+
+
 def _inline_math(self: Any, node: nodes.Element) -> None:
-    self.body.append(tex2mathml(node.astext()))
+    self.body.append(_mathml(node, as_block=False))
     raise nodes.SkipNode
 
 
 def _block_math(self: Any, node: nodes.Element) -> None:
-    self.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
+    self.body.append(f'<div class="math">{_mathml(node, as_block=True)}</div>')
     raise nodes.SkipNode
 
 

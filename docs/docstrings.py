@@ -1,7 +1,7 @@
 """The docstrings of this project as reStructuredText.
 
-They are prose to be read in an editor: `code` in single backticks, fields and arguments as "name: what it is", several of
-them in a line or one over several lines, tables indented. None of that is markup, so everything else is escaped.
+They are prose to be read in an editor: `code` in single backticks, fields and arguments as "name: what it is", several
+in a line or one over several lines, tables indented. Everything else is escaped, since none of it is markup.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ def field_names(thing: Any) -> set[str]:
     except (TypeError, ValueError):
         return names
     names |= set(signature.parameters) | set(getattr(signature.return_annotation, "_fields", ()))
-    if inspect.isclass(thing) and hasattr(thing, "__call__") and inspect.isfunction(thing.__call__):
+    if inspect.isclass(thing) and inspect.isfunction(vars(thing).get("__call__")):
         names |= set(inspect.signature(thing.__call__).parameters)
     return names
 
