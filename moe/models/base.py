@@ -28,7 +28,7 @@ class ModelConfig(BlocksConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What the loss of a target is; the fields are those of `moe.config.Config`."""
+    """What the loss of a target is; loss and label_smoothing are those of `moe.config.Config`."""
 
     loss: Literal["softmax", "sigmoid"] = "softmax"
     label_smoothing: float = 0.0
