@@ -84,7 +84,7 @@ build:
 	$(PYTHON) -m venv --clear $(VENV)-build
 	$(VENV)-build/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt build setuptools
 	rm -rf build/lib build/bdist.* dist
-	$(VENV)-build/bin/python -m build --no-isolation --outdir dist
+	$(VENV)-build/bin/python -m build --quiet --no-isolation --outdir dist
 	$(VENV)-build/bin/python tests/archives.py dist
 
 clean:
