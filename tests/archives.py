@@ -2,8 +2,8 @@
 
     python tests/archives.py dist
 
-The archives have to hold what docs/release.md says. The wheel is installed into an empty environment, at the versions of
-constraints.txt; there every module is imported, and the package's own programs answer --help.
+The archives have to hold what docs/release.md says. The wheel is installed into an empty environment, at the versions
+of constraints.txt; there every module is imported, and the package's own programs answer --help.
 """
 
 import os
