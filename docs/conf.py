@@ -28,6 +28,7 @@ html_math_renderer = "mathml"
 smartquotes = False  # code stands in docstrings without markup too
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 add_module_names = False

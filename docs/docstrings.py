@@ -54,9 +54,9 @@ def to_rst(text: str, names: Set[str] = frozenset(), thing: Any = None) -> list[
 def _items(flat: str, block: str, names: Set[str]) -> list[str]:
     """The block's paragraphs and its items; an item begins with a null character and its name."""
     one = "|".join(sorted(map(re.escape, names), key=len, reverse=True)) or r"(?!)"
-    item = rf"(?:{one})(?:, (?:{one}))*: "
+    item = rf"(?:{one})(?:, (?:{one}))*(?:\([^()]*\))?: "
     choice = r"\w+ = \"\w+\": "
-    pieces = re.split(rf"(?:^|(?<=[.:)…] ))(?=(?:{item})|(?:{choice})|Raises )", flat)
+    pieces = re.split(rf"(?:^|(?<=[.:)…] ))(?=(?:{item})|(?:{choice})|Raises |Returns )", flat)
     starts = re.compile(rf"{item}|{choice}")
     return [("\0" if starts.match(piece) else "") + piece.strip() for piece in pieces if piece.strip()]
 

@@ -35,7 +35,10 @@ class Objective:
 
 
 class ModelOutput(NamedTuple):
-    """logits: float32, one score per class or word. routers, rms: see `moe.layers.block.BlocksOutput`."""
+    """What a model's call returns.
+
+    logits: float32, one score per class or word. routers, rms: see `moe.layers.block.BlocksOutput`.
+    """
 
     logits: Float[Array, "*B V"]
     routers: RouterOutputs

@@ -25,7 +25,7 @@ from moe.routers.base import Router
 
 @dataclasses.dataclass(frozen=True)
 class LmConfig(ModelConfig):
-    """The blocks, and what stands around them.
+    """The blocks, with the fields of `moe.layers.block.BlocksConfig`, and what stands around them.
 
     vocab_size: V. length: tokens that the model reads at most. activation: see `BlocksConfig`.
     kv_heads: of keys and values; 0: as many as heads. head_width: 0: width / heads.
