@@ -51,7 +51,7 @@ class Model(NamedTuple):
 
 
 def make_model(config: ModelConfig, moe: MoeConfig, router: Router) -> Model:
-    """The model of `config`, vision transformer or language model, with the MoE layers that `moe` and `router` describe.
+    """The model of `config`, for images or text, with the MoE layers that `moe` and `router` describe.
 
     Allocates nothing.
     """
