@@ -7,7 +7,8 @@ PY := $(VENV)/bin/python
 CPU := JAX_PLATFORMS=cpu
 STAMP := $(VENV)/.installed
 
-.PHONY: setup train test lint types test-unit test-nightly test-parity test-browser test-tpu-aot test-clusters audit clean
+.PHONY: setup train test lint types test-unit test-nightly test-notebook test-parity test-browser test-tpu-aot test-clusters \
+  audit docs build clean
 
 setup: $(STAMP)
 
@@ -30,10 +31,15 @@ types: setup
 	$(VENV)/bin/mypy
 
 test-unit: setup
-	$(CPU) $(PY) -m pytest -n 2 --dist worksteal -m 'not nightly and not parity and not browser and not tpu_aot and not clusters'
+	$(CPU) $(PY) -m pytest -n 2 --dist worksteal -m 'not nightly and not notebook and not parity and not browser and not tpu_aot and not clusters'
 
 test-nightly: setup
 	$(CPU) $(PY) -m pytest -n 2 --dist worksteal -m nightly
+
+# Runs the notebooks from the first cell to the last.
+test-notebook: setup
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	$(CPU) $(PY) -m pytest -m notebook
 
 # Comparisons with other libraries; installs the extra where the registry has it, and says so where it doesn't.
 test-parity: setup
@@ -67,5 +73,19 @@ audit:
 	$(VENV)-audit/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip-audit
 	@$(VENV)-audit/bin/python tests/audit.py constraints.txt
 
+# The pages of docs/ in build/docs; a warning is an error.
+docs: setup
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(CPU) $(PY) -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
+
+# Wheel and source archive in dist/, and what the wheel does where nothing else of ours is.
+build:
+	$(PYTHON) -m venv --clear $(VENV)-build
+	$(VENV)-build/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt build setuptools
+	rm -rf build/lib build/bdist.* dist
+	$(VENV)-build/bin/python -m build --quiet --no-isolation --outdir dist
+	$(VENV)-build/bin/python tests/archives.py dist
+
 clean:
-	rm -rf $(VENV) runs data
+	rm -rf $(VENV) build dist runs data

@@ -13,7 +13,9 @@ _V5P = "https://github.com/AI-Hypercomputer/maxtext/tree/main/src/MaxText/config
 
 @dataclasses.dataclass(frozen=True)
 class CompilerConfig:
-    """preset: "default", what the compiler does by itself; "overlap", on TPU, its options for collectives that run
+    """How the training step is compiled.
+
+    preset: "default", what the compiler does by itself; "overlap", on TPU, its options for collectives that run
         while the chip multiplies, as `OVERLAP` has them for each kind of chip.
     options: further ones, "NAME=VALUE" each, which win over the preset's.
     cache: folder, or gs:// path, in which compiled programs are kept from one start to the next; "": nowhere.

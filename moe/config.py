@@ -42,8 +42,9 @@ CHOICES: Mapping[Any, Mapping[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A training run.
+    """A training run, checked: what the fields of a config file become.
 
+    model, moe, router, data, optimizer, mesh, checkpoint, compiler, guard: tables of their own, each with its class.
     seed: of parameters, noise, data order and augmentation. steps: optimizer steps.
     batch_size: examples per step, on all devices together. accumulation_steps: micro-batches that a step's batch is cut
         into, to save memory. label_smoothing: share of the target spread over all classes.
@@ -95,7 +96,7 @@ class Config:
 
 
 def load_file(path: str) -> ml_collections.ConfigDict:
-    """Runs `get_config()` of a Python file, or reads what `to_json` wrote: the config.json of a workdir.
+    """Runs `get_config()` of the Python file at `path`, or reads what `to_json` wrote: the config.json of a workdir.
 
     "FILE.py:PRESET" is `get_config("PRESET")`, for one of the presets that the file's table MESHES names.
     Only a Python file that the command names is run. What a JSON file says of the compiler isn't taken, but for the
@@ -152,7 +153,7 @@ def from_json(text: str) -> ml_collections.ConfigDict:
 
 
 def override(config: ml_collections.ConfigDict, assignments: Iterable[str]) -> None:
-    """Sets fields from "path.to.field=value", each parsed as the type that the field has.
+    """Sets fields of `config` from assignments "path.to.field=value", each parsed as the type that the field has.
 
     Raises ValueError for a field that the config doesn't have, or a value of another type.
     """

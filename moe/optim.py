@@ -11,11 +11,12 @@ from moe.types import PyTree
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (1711.05101).
+    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) under a schedule.
 
     learning_rate: at its peak, after `warmup_steps` of linear growth from 0; it then falls along a half cosine to
         `final_fraction` of the peak at the last step.
     weight_decay: times the learning rate; on matrices only, not on norms, biases and positions.
+    b1, b2: decay of the means of the gradient and of its square, in [0, 1).
     clip_norm: largest global norm of the gradient; 0: no limit.
     """
 

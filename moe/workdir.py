@@ -161,7 +161,10 @@ def fit_mesh(table: ml_collections.ConfigDict, overrides: Iterable[str]) -> str:
 
 
 class Loaded(NamedTuple):
-    """The model of a run, ready to be applied on its mesh. config.moe.group_size is 1."""
+    """The model of a run, ready to be applied: `model.apply(variables, inputs, keys=None, mesh=mesh)`.
+
+    config: the run's, with moe.group_size = 1. mesh: over all devices here. variables: as the checkpoint has them.
+    """
 
     config: Config
     mesh: Mesh
@@ -170,7 +173,7 @@ class Loaded(NamedTuple):
 
 
 def load_model(workdir: AnyPath, step: int | None = None, overrides: Sequence[str] = ()) -> Loaded:
-    """The model that a workdir's checkpoint holds (the newest by default), under its config with overrides.
+    """The model that the checkpoint of a step holds (the newest by default), under the workdir's config with overrides.
 
     Every example is routed by itself, so that what the model says of it depends on no other. Raises CheckpointError
     where there is none, ValueError where the overrides don't fit.

@@ -32,7 +32,7 @@ ORDER = [
     ["moe.tasks"],
     ["moe.config"],
     ["moe.workdir", "moe.cli"],
-    ["moe.generate", "moe.convert"],
+    ["moe.generate", "moe.convert", "moe.inspection"],
     ["moe.initial", "moe.plan"],
     ["moe.watch"],
     ["train"],

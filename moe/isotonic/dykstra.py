@@ -38,7 +38,7 @@ class Dykstra:
     steps: most sweeps; a sweep is both projections.
     tol: a problem stops after the sweep whose residual is at most tol * strength. With tol = 0 all problems run all
     steps; then nothing in the program depends on data, and a batch that is sharded needs no communication.
-    implementation, for top-k: "xla" is this file; "pallas_tpu" is a kernel for TPUs (the mask with p = 2, static k and
+    implementation: of top-k. "xla" is plain JAX; "pallas_tpu" is a kernel for TPUs (the mask with p = 2, static k and
     n <= 256; elsewhere NotImplementedError), which runs all steps; None picks the kernel where it can run.
     """
 

@@ -19,8 +19,9 @@ from moe.types import Solution
 
 @dataclasses.dataclass(frozen=True)
 class Pav:
-    """Best, Chakravarti (1990); Sander et al. 2023 (arXiv 2302.01425), section 4, for the values of blocks.
+    """Pool adjacent violators: exact for every w, one entry after the other.
 
+    Best and Chakravarti (1990); Sander et al. 2023 (arXiv 2302.01425), section 4, for the values of blocks.
     O(n) after the sort for p = 2 (block values are means) and p = 4/3 (roots of cubics in a block's first three central
     moments). For other p a block's value has no such summary: each step sums over its block, so that the whole is
     O(n^2).

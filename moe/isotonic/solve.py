@@ -39,11 +39,12 @@ def solve(
 ) -> Solution:
     """argmin over v_1 >= ... >= v_n of sum_i |s_i - v_i|^q / (q strength^(q-1)) + w_i phi(v_i), along the last axis.
 
-    s: [*b, n]. w: [*b, n] or [n]. q = p/(p-1); phi(v) = v, or v^2/2 for the magnitude, which needs s >= 0 and w >= 0
-    (Sander et al. 2023, arXiv 2302.01425, eq. 9). Finite s, usually in descending order; NaN makes its own row NaN.
-    Computed in float32 (float64 for float64), returned in s's dtype; derivatives in s, w and strength, of any order
-    where they exist.
+    q = p/(p-1); phi(v) = v, or v^2/2 for the magnitude (Sander et al. 2023, arXiv 2302.01425, eq. 9). Computed in
+    float32 (float64 for float64), returned in s's dtype; derivatives in s, w and strength, of any order where they
+    exist.
 
+    s: [*b, n], finite, usually in descending order, for the magnitude >= 0; NaN makes its own row NaN.
+    w: [*b, n] or [n], for the magnitude >= 0. strength: a positive scalar. p: in (1, 2], static.
     solver: `Pav` and `Dykstra` serve any s and w. `Threshold` serves s in descending order and w = (1, .., 1, 0, ..,
     0), not all 0. None takes Threshold where s and w are so as far as they are concrete, otherwise Pav.
     Raises ValueError for mismatched shapes, p outside (1, 2], strength <= 0, s or w that is not floating.

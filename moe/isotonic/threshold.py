@@ -41,7 +41,7 @@ class Threshold:
 
     steps: halvings of the bracket; `newton` passes follow, which are exact once they know which entries lie strictly
     between 0 and 1 (p = 2) or converge quadratically (p < 2).
-    implementation: "xla" is this file; "pallas_tpu" is a kernel for TPUs (the mask with p = 2, 3/2 or 4/3, static k and
+    implementation: "xla" is plain JAX; "pallas_tpu" is a kernel for TPUs (the mask with p = 2, 3/2 or 4/3, static k and
     n <= 256; elsewhere NotImplementedError), which takes its own steps; None picks the kernel where it can run.
     """
 

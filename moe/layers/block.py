@@ -29,6 +29,7 @@ class BlocksConfig:
     scan_layers: compile one period and loop over it; otherwise unroll. The parameters are the same, stacked.
     remat: what the backward pass computes again: "none"; "full", everything in a period; "dots", all but products with
         weights.
+    activation: of dense blocks and experts alike, "gelu" or "swiglu".
     dtype: of activations; parameters, routers and sums are float32.
     """
 
@@ -76,7 +77,10 @@ class BlocksConfig:
 
 
 class RouterOutputs(NamedTuple):
-    """What the routers of a model return, each leaf with a leading axis over its MoE layers, first layer first."""
+    """What the routers of a model return, each leaf with a leading axis over its MoE layers, first layer first.
+
+    losses, metrics, state: as in `moe.layers.moe.MoeOutput`.
+    """
 
     losses: Losses
     metrics: Metrics
@@ -84,8 +88,11 @@ class RouterOutputs(NamedTuple):
 
 
 class BlocksOutput(NamedTuple):
-    """The last block's output; the routers'; the root mean square of each block's output, which is finite where the
-    output is; and with caches those, with these tokens."""
+    """What a stack of N blocks returns.
+
+    x: the last block's output. routers: what the routers return. rms: the root mean square of each block's output,
+    which is finite where the output is. caches: with caches those, with these tokens; otherwise None.
+    """
 
     x: Float[Array, "B L D"]
     routers: RouterOutputs

@@ -77,7 +77,12 @@ class MoeConfig:
 
 
 class MoeOutput(NamedTuple):
-    """What an MoE layer returns: losses are weighted means over groups, metrics are scalars of this layer."""
+    """What an MoE layer returns.
+
+    y: for every token the sum of its experts' outputs by combine weight, and of the shared experts'.
+    losses: the router's, weighted, means over groups; to be added to the training loss. metrics: scalars of this layer.
+    state: the router's after this step, for the next one.
+    """
 
     y: Float[Array, "B L D"]
     losses: Losses
@@ -86,7 +91,12 @@ class MoeOutput(NamedTuple):
 
 
 class Moe(nnx.Module):
-    """E experts behind a router, in place of a block's feed-forward network."""
+    """E experts behind a router, in place of a block's feed-forward network.
+
+    width: D, of the tokens. router: any of `moe.routers`, which gets logits in float32 from the layer's own gate.
+    activation: of the experts, "gelu" or "swiglu". key: of the initial weights.
+    Raises ValueError where the router can't choose among so few experts.
+    """
 
     def __init__(
         self, width: int, config: MoeConfig, router: Router, activation: Activation, *, key: jax.Array

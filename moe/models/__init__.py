@@ -51,7 +51,10 @@ class Model(NamedTuple):
 
 
 def make_model(config: ModelConfig, moe: MoeConfig, router: Router) -> Model:
-    """The model of `config`; allocates nothing."""
+    """The model of `config`, for images or text, with the MoE layers that `moe` and `router` describe.
+
+    Allocates nothing.
+    """
     module_class = next(module for config_class, module in MODELS.values() if config_class is type(config))
 
     def build(key: jax.Array) -> nnx.Module:

@@ -28,14 +28,17 @@ class ModelConfig(BlocksConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What the loss of a target is; the fields are those of `moe.config.Config`."""
+    """What the loss of a target is; loss and label_smoothing are those of `moe.config.Config`."""
 
     loss: Literal["softmax", "sigmoid"] = "softmax"
     label_smoothing: float = 0.0
 
 
 class ModelOutput(NamedTuple):
-    """logits: float32, one score per class or word. routers, rms: see `moe.layers.block.BlocksOutput`."""
+    """What a model's call returns.
+
+    logits: float32, one score per class or word. routers, rms: see `moe.layers.block.BlocksOutput`.
+    """
 
     logits: Float[Array, "*B V"]
     routers: RouterOutputs

@@ -25,9 +25,9 @@ from moe.routers.base import Router
 
 @dataclasses.dataclass(frozen=True)
 class LmConfig(ModelConfig):
-    """The blocks, and what stands around them.
+    """The blocks, with the fields of `moe.layers.block.BlocksConfig`, and what stands around them.
 
-    vocab_size: V. length: tokens that the model reads at most.
+    vocab_size: V. length: tokens that the model reads at most. activation: see `BlocksConfig`.
     kv_heads: of keys and values; 0: as many as heads. head_width: 0: width / heads.
     window: tokens that a token sees, itself included; 0: all before it. attention_cap: bound of the scores; 0: none.
     rope_theta, rope_scaling: rotary positions, see `moe.ops.rope`. qk_norm, attention_bias: see `AttentionConfig`.

@@ -21,7 +21,7 @@ from moe.routers.base import Router
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig(ModelConfig):
-    """The blocks, and what stands around them.
+    """The blocks, with the fields of `moe.layers.block.BlocksConfig`, and what stands around them.
 
     image_size: [height, width, channels] of an image. patch_size: pixels along the side of a square patch.
     num_classes: width of the head.

@@ -34,7 +34,7 @@ def grouped_matmul(
     implementation: str | None = None,
     clean: bool = True,
 ) -> Float[Array, "N Y"]:
-    """y_n = x_n w_e for the rows n of group e; float32 sums, in x's dtype.
+    """y_n = x_n w_e for the rows n of x_NX in group e, w_e of w_EXY; float32 sums, in x's dtype.
 
     Group e holds sizes_E[e] rows and begins where group e - 1 ends; rows past the last group give zeros, or without
     `clean` anything, also in the gradient of x, which saves megablox to write them.

@@ -24,7 +24,7 @@ class Queues(NamedTuple):
 def capacity(factor: float, num_tokens: int, k: int, num_experts: int) -> int:
     """Slots per expert: ⌈factor·T·k/E⌉ rounded up to a multiple of 4 (V-MoE), and never more than T.
 
-    Raises ValueError unless 0 < factor < ∞.
+    T = num_tokens of a group, E = num_experts. Raises ValueError unless 0 < factor < ∞.
     """
     if not 0 < factor < math.inf:
         raise ValueError(f"capacity_factor = {factor} must be positive and finite.")

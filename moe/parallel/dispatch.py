@@ -33,7 +33,7 @@ _ROWS_FOR_SPEED = {"cpu": 256, "tpu": 512}
 
 
 def sorts_fast(mesh: Mesh, num_rows: int, num_experts: int) -> bool:
-    """Whether training without capacity is as fast as with one, for so many choices of a micro-batch.
+    """Whether training without capacity is as fast as with one, for num_rows choices of a micro-batch on a mesh.
 
     On TPU from 512 rows per expert on, where padding to blocks costs an eighth at most; on CPU from 256 on, where
     sorted rows take no longer than queues with a capacity factor of 1.25 and need less memory. On GPU never, since
@@ -61,7 +61,9 @@ def dispatch(
 
     apply_experts(weights, x, product): the experts' network on as many experts as `weights` hold along their first
         axis, with `product` for every matrix; linear in its last, so that pieces along the tensor axis add up.
-    routing: of every group; leaves have a leading axis G. A token names an expert at most once.
+    weights, weight_axes: the experts' matrices by name, with a first axis of num_experts, and their logical axes.
+    x_GTD: the tokens of every group. routing: of every group; leaves have a leading axis G. A token names an expert at
+        most once.
     capacity: places in an expert's queue, per group. None: every choice is seated.
     implementation: how, not what. "einsum": one-hot tensors [T, E, C] (GShard, 2006.16668, section 3.2). "capacity":
         the same queues by index. "dropless": rows sorted by expert, of all groups together, so that the work follows

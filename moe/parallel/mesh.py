@@ -36,7 +36,10 @@ Axes = tuple[str | None, ...]
 class MeshConfig:
     """Size of each mesh axis; one of them may be -1, for all devices that the others leave.
 
+    data: copies of everything. fsdp: shards of every parameter, gathered where it is used. expert: shards of the
+    experts, between which tokens travel by all-to-all. tensor: pieces of every matrix and of the heads.
     dcn: slices, of which each has a copy of everything; between them only gradients are summed.
+    The batch is cut along dcn × data × fsdp × expert.
     """
 
     data: int = -1
@@ -47,7 +50,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices` (all by default), neighbours in the torus where they can be.
+    """The mesh that `config` asks for over `devices` (all by default), neighbours in the torus where they can be.
 
     Raises ValueError if its sizes don't multiply to their number, or the devices lie in other slices than `dcn` says.
     """

@@ -56,7 +56,9 @@ class Router(Protocol):
         """
         ...
 
-    def __call__(self, params: PyTree, inputs: RouterInputs, state: PyTree, key: Keys | None) -> Routed: ...
+    def __call__(self, params: PyTree, inputs: RouterInputs, state: PyTree, key: Keys | None) -> Routed:
+        """Routes one group. Raises ValueError where the inputs don't fit the settings (see `given`)."""
+        ...
 
 
 def one_logit_per_expert(router: Any, num_experts: int) -> int:
@@ -77,7 +79,10 @@ def check_k(k: int, num_experts: int) -> None:
 
 
 class Given(NamedTuple):
-    """A router's inputs made ready: float32 logits, a mask that is always there, and what `Layout` holds."""
+    """A router's inputs made ready.
+
+    logits: in float32. mask: of ones where none was given. num_experts, num_examples, balance_scope: as in `Layout`.
+    """
 
     logits: Float[Array, "T X"]
     mask: Bool[Array, "T"]
@@ -110,9 +115,9 @@ def given(router: Router, inputs: RouterInputs) -> Given:
 def example_noise(
     key: Keys, num_tokens: int, width: int, *, draw: Callable[..., Array] = jax.random.normal
 ) -> Float[Array, "T X"]:
-    """Noise for T tokens of `key.size` examples, by default standard normal.
+    """Noise [T, width] for the T = num_tokens tokens of `key.size` examples.
 
-    Each example's noise depends on its own key only.
+    Each example's noise depends on its own key only. draw(key, shape): the distribution, by default standard normal.
     """
     per_example = (num_tokens // key.size, width)
     return jax.vmap(lambda one: draw(one, per_example))(key).reshape(num_tokens, width)
@@ -160,7 +165,7 @@ def best_in_groups(
 
 
 def multi_hot(expert_TK: Int[Array, "T K"], num_experts: int) -> Float[Array, "T E"]:
-    """1 where a token has the expert, 0 elsewhere."""
+    """1 where a token has the expert, 0 elsewhere; of num_experts = E."""
     return jnp.sum(jax.nn.one_hot(expert_TK, num_experts), axis=1)
 
 
@@ -176,8 +181,10 @@ def queue(
     """Lines up each token's choices, best first, into the queue order of V-MoE (2106.05974, section 3).
 
     All first choices stand before all second choices. Among equals tokens stand in their own order, or by decreasing
-    `priority_T` (batch priority routing). Rows of padding aren't valid, nor those that `wanted_TK` marks False.
-    `choices` defaults to the number of valid rows.
+    `priority_T` (batch priority routing). Rows of padding, where `mask_T` is False, aren't valid, nor those that
+    `wanted_TK` marks False. `choices` defaults to the number of valid rows.
+
+    expert_TK: each token's experts, best first. weight_TK: their combine weights.
     """
     num_tokens, num_choices = expert_TK.shape
     valid_TK = jnp.broadcast_to(mask_T[:, None], expert_TK.shape)

@@ -60,7 +60,8 @@ def perturbed(
     """Mean hard mask of x + strength * noise over `samples` draws, with the score-function gradient of its expectation.
 
     Berthet et al. 2020 (arXiv 2002.08676), through `optax.perturbations`; `noise` is one of its distributions, Gumbel
-    by default. Every slice along `axis` draws noise of its own, so the others add no variance to its gradient.
+    by default, and `key` draws it. Every slice along `axis` draws noise of its own, so the others add no variance to
+    its gradient.
     Raises ValueError for k outside 1..n, strength <= 0, samples < 1, and a dtype that is not floating.
     """
     check_floating("x", x)

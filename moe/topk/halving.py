@@ -60,6 +60,8 @@ def successive_halving(
     puts w_i E_i + w_j E_j with score w_i v_i + w_j v_j in place i of the next round, until k are left. `weights` gives
     w from the scores; gradients flow through weights, scores and embeddings, not through the order. Where n is not
     k 2^r, the first round is filled up to it with candidates that always lose, which gives the strongest a bye.
+    Pietruszka et al. 2020 (arXiv 2010.15552); `weights` are by default those of the released code, base 20, which
+    expect scores in (0, 1].
 
     The result's weights are `SlotWeights`. k = n plays no round and returns the input, in its own order. Scores must be
     finite; a NaN spoils its own batch entry only. Computed in float32 at least, returned in the dtypes of the inputs.
@@ -84,7 +86,7 @@ def successive_halving(
 def successive_halving_matrix(
     scores: Float[Array, "*b n"], k: int, *, weights: PairWeights = _RELEASED
 ) -> Float[Array, "*b k n"]:
-    """The row-stochastic matrix by which `successive_halving` mixes embeddings, from the scores alone.
+    """The row-stochastic matrix by which `successive_halving` mixes embeddings with these weights, from scores alone.
 
     Raises ValueError for k outside 1..n and a dtype that is not floating.
     """
@@ -95,11 +97,11 @@ def successive_halving_matrix(
 def iterative_softmax(
     embeddings: Float[Array, "*b n d"], scores: Float[Array, "*b n"], k: int, *, sharpness: float = 2.0
 ) -> Selection:
-    """Select k of n rows by k softmaxes around the maximum, each of which then leaves the contest; O(k n d).
+    """Select k of n rows by k softmaxes around the highest of the scores, which then leaves the contest; O(k n d).
 
-    Row i mixes the embeddings with weights softmax(-sharpness (v - max v)^2), after which the best score is set to
-    -10^4 (Goyal et al. 2017; the baseline of arXiv 2010.15552 has sharpness 2; 10^5 selects far more cleanly). The
-    result's weights are the k x n matrix, which is not built under `jit` unless it is read.
+    Row i mixes the embeddings with weights softmax(-sharpness (v - max v)^2), v the scores, after which the best
+    score is set to -10^4 (Goyal et al. 2017; the baseline of arXiv 2010.15552 has sharpness 2; 10^5 selects far more
+    cleanly). The result's weights are the k x n matrix, which is not built under `jit` unless it is read.
 
     Raises ValueError for k outside 1..n, sharpness <= 0, shapes that do not match, and dtypes that are not floating.
     """

@@ -34,6 +34,9 @@ def hard_mask(x: Input, k: Count, *, axis: int = -1) -> Float[Array, "..."]:
 
 
 def hard_magnitude(x: Input, k: Count, *, axis: int = -1) -> Float[Array, "..."]:
-    """x at the k entries that are largest in magnitude along `axis`, 0 elsewhere; the derivative is the mask."""
+    """x at the k entries that are largest in magnitude along `axis`, 0 elsewhere; the derivative is the mask.
+
+    Of equal magnitudes the first are taken. NaN makes its own row NaN. Raises ValueError as `hard_mask`.
+    """
     selected = hard_mask(jnp.abs(x), k, axis=axis)
     return jnp.where(selected > 0, x, selected * 0)

@@ -15,7 +15,7 @@ _MAX_LOG_BOOST = 20.0
 
 
 class Round(NamedTuple):
-    """One round: how many candidates there were before the first, and how many enter this one."""
+    """One round. inputs: candidates before the first round. entrants: those that enter this one."""
 
     inputs: int
     entrants: int
@@ -34,7 +34,10 @@ class PairWeights(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class BoostedSoftmax:
-    """softmax(base^strong, base^weak): the weights of the paper's released code, at base 20 for scores in (0, 1]."""
+    """softmax(base^strong, base^weak): the weights of the released code of arXiv 2010.15552, for scores in (0, 1].
+
+    base: 20 there; larger is sharper. Raises ValueError unless it is above 1.
+    """
 
     base: float = 20.0
 
@@ -52,7 +55,10 @@ class BoostedSoftmax:
 
 @dataclasses.dataclass(frozen=True)
 class BoostedNormalised:
-    """base^strong / (base^strong + base^weak): a softmax with another base than e, as the paper's text reads."""
+    """base^strong / (base^strong + base^weak): a softmax with another base than e, as arXiv 2010.15552's text reads.
+
+    base: larger is sharper. Raises ValueError unless it is above 1.
+    """
 
     base: float = 20.0
 
@@ -68,7 +74,10 @@ class BoostedNormalised:
 
 @dataclasses.dataclass(frozen=True)
 class Softmax:
-    """softmax(sharpness * strong, sharpness * weak)."""
+    """softmax(sharpness * strong, sharpness * weak), the other reading of arXiv 2010.15552's text.
+
+    Raises ValueError unless sharpness is positive.
+    """
 
     sharpness: float = 10.0
 
@@ -96,7 +105,9 @@ class CentredBoost:
     g(u) = u ((1 + linear^2) / (u^2 + linear^2))^(1/4) up to u = 1, and 1 from there on: linear in u up to about
     `linear`, then its square root. A row's cosine with its winner suffers from weights near 1/2 far more than from
     weights near 1, so g climbs fast at first; the rest of the climb is stretched over all differences that the round
-    leaves open, and there the gradient is. A decided pair has none.
+    leaves open, and there the gradient is. A decided pair has none. This project's own; no paper has it.
+
+    ranks, field, linear: as above. Raises ValueError unless all are positive.
     """
 
     ranks: float = 0.875

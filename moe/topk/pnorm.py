@@ -36,8 +36,9 @@ def mask(
 ) -> Float[Array, "..."]:
     """Relaxed indicator of the k largest entries along `axis`: in [0, 1], summing to k, exactly 0 or 1 where it is.
 
-    argmax of <x, y> - (strength/p) ||y||_p^p over {0 <= y <= 1, sum y = k} (eq. 5 with phi(x) = x), which is
-    clip((x - tau)/strength, 0, 1)^(1/(p-1)). strength -> 0 gives the hard mask (ties share), strength -> infinity k/n.
+    argmax of <x, y> - (strength/p) ||y||_p^p over {0 <= y <= 1, sum y = k}, which is clip((x - tau)/strength, 0,
+    1)^(1/(p-1)); Sander et al. 2023 (arXiv 2302.01425), eq. 5 with phi(x) = x. strength -> 0 gives the hard mask (ties
+    share), strength -> infinity k/n.
 
     x: any batch shape; computed in float32 (float64 for float64), returned in x's dtype. An infinity acts as the
         largest finite number of that sign, so -inf marks entries that are not to be selected. NaN makes its own row
@@ -63,12 +64,16 @@ def magnitude(
     solver: Solver | None = None,
     axis: int = -1,
 ) -> Float[Array, "..."]:
-    """Relaxation of 'x at the k entries that are largest in magnitude, 0 elsewhere' (eq. 5 with phi(x) = x^2/2).
+    """Relaxation of 'x at the k entries that are largest in magnitude, 0 elsewhere'.
+
+    Sander et al. 2023 (arXiv 2302.01425), eq. 5 with phi(x) = x^2/2.
 
     With s = |x|: y = ((s - v)_+/strength)^(1/(p-1)), v the isotonic solution; an entry that is selected and shares no
     threshold with others has v = f(s) = y. rescale=True (published) returns sign(x) (y + (s - v)), which at such an
     entry is x exactly; rescale=False returns sign(x) y, which is smoother where entries enter the support with p < 2.
-    The derivative at x = 0 is 0. Everything else is as for `mask`, except that k or more infinities make a row NaN.
+    The derivative at x = 0 is 0. k or more infinities make a row NaN.
+
+    x, k, strength, p, solver, axis, and what is raised: as for `mask`.
     """
     entries, k, strength, p = _prepare(x, k, strength, p, axis)
     r = pnorm.exponent(p)
