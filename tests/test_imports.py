@@ -33,10 +33,10 @@ ORDER = [
     ["moe.config"],
     ["moe.workdir", "moe.cli"],
     ["moe.generate", "moe.convert"],
-    ["moe.initial", "moe.plan"],
+    ["moe.initial", "moe.plan", "moe.compare"],
     ["moe.watch"],
     ["train"],
-    ["evaluate", "plan", "replay"],
+    ["evaluate", "plan", "replay", "compare"],
 ]
 RANK = {place: rank for rank, places in enumerate(ORDER) for place in places}
 # Plain JAX up to the layers, and no mesh before there is one.
@@ -61,13 +61,8 @@ def imported(tree: ast.AST) -> set[str]:
 
 
 def sources() -> list[tuple[str, Path]]:
-    files = [
-        *(REPOSITORY / "moe").rglob("*.py"),
-        REPOSITORY / "train.py",
-        REPOSITORY / "evaluate.py",
-        REPOSITORY / "plan.py",
-        REPOSITORY / "replay.py",
-    ]
+    programs = ("train", "evaluate", "plan", "replay", "compare")
+    files = [*(REPOSITORY / "moe").rglob("*.py"), *(REPOSITORY / f"{name}.py" for name in programs)]
     dotted = [".".join(path.relative_to(REPOSITORY).with_suffix("").parts) for path in files]
     named = [(name.removesuffix(".__init__"), path) for name, path in zip(dotted, files, strict=True)]
     return [(name, path) for name, path in named if name != "moe"]
