@@ -37,6 +37,7 @@ ORDER = [
     ["moe.watch"],
     ["train"],
     ["evaluate", "plan", "replay", "compare"],
+    ["sweep"],
 ]
 RANK = {place: rank for rank, places in enumerate(ORDER) for place in places}
 # Plain JAX up to the layers, and no mesh before there is one.
@@ -61,7 +62,7 @@ def imported(tree: ast.AST) -> set[str]:
 
 
 def sources() -> list[tuple[str, Path]]:
-    programs = ("train", "evaluate", "plan", "replay", "compare")
+    programs = ("train", "evaluate", "plan", "replay", "compare", "sweep")
     files = [*(REPOSITORY / "moe").rglob("*.py"), *(REPOSITORY / f"{name}.py" for name in programs)]
     dotted = [".".join(path.relative_to(REPOSITORY).with_suffix("").parts) for path in files]
     named = [(name.removesuffix(".__init__"), path) for name, path in zip(dotted, files, strict=True)]
