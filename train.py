@@ -30,8 +30,8 @@ from moe.files import AnyPath, open_path
 from moe.guard import GuardState, init_guard, judge, keep_unless
 from moe.initial import Initial, describe, load_initial, plan_initial
 from moe.layers.moe import group_count
-from moe.metrics import Clock, MetricsWriter, Progress, flatten, params_sha256, per_layer, write_json
-from moe.models import Batch, Model, Objective, Variables, make_model
+from moe.metrics import Clock, MetricsWriter, Progress, flatten, layer_loads, params_sha256, per_layer, write_json
+from moe.models import Batch, Model, ModelConfig, Objective, Variables, make_model
 from moe.optim import make_optimizer
 from moe.parallel import hosts
 from moe.parallel.mesh import (
@@ -280,9 +280,10 @@ def train(
             is_stopping = stop.is_due() and index < config.steps
             is_logged = is_stopping or is_due(index, config.log_every, config.steps)
             if is_logged:
-                values = log_values(jax.device_get(metrics), config) | rates.since_last(index) | clock.values()
+                metrics = jax.device_get(metrics)
+                values = log_values(metrics, config) | rates.since_last(index) | clock.values()
                 values |= {"data/skipped": examples.skipped} if examples.skipped else {}
-                writer.write(index, values)
+                writer.write(index, values, layer_loads(metrics["moe"], *moe_layers(config.model)))
                 progress.log(index, values["train/loss"], values["examples_per_second"])
                 gave_up = watch.look(values)
             if is_stopping or gave_up:
@@ -383,14 +384,19 @@ def is_due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
+def moe_layers(model: ModelConfig) -> tuple[int, int]:
+    """The number of the first block with experts, and from how many on the next one has."""
+    return model.dense_layers + model.moe_every - 1, model.moe_every
+
+
 def log_values(metrics: dict[str, Any], config: Config) -> dict[str, float]:
     """One flat table: train/…, router/… (weighted losses, added up over layers), moe/layer_N/…."""
-    every = config.model.moe_every
+    first, every = moe_layers(config.model)
     return {
         **flatten(metrics["train"], "train"),
         **flatten(metrics["router"], "router"),
         **flatten(metrics["guard"], "guard"),
-        **flatten(per_layer(metrics["moe"], first=config.model.dense_layers + every - 1, every=every), "moe"),
+        **flatten(per_layer(metrics["moe"], first, every), "moe"),
         **flatten(per_layer(metrics["blocks"], first=0, every=1), "blocks"),
     }
 

@@ -24,6 +24,7 @@ ORDER = [
         "moe.saves",
         "moe.lock",
         "moe.watchdog",
+        "moe.events",
         "moe.metrics",
         "moe.unstacked",
         "moe.compiler",

@@ -77,7 +77,7 @@ class MoeConfig:
 
 
 class MoeOutput(NamedTuple):
-    """What an MoE layer returns: losses are weighted means over groups, metrics are scalars of this layer."""
+    """What an MoE layer returns: losses are weighted means over groups, metrics are those of `routing_metrics`."""
 
     y: Float[Array, "B L D"]
     losses: Losses
