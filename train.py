@@ -26,6 +26,8 @@ from moe import config as config_lib
 from moe.checkpoint import CheckpointError, Checkpoints, complete_steps
 from moe.compiler import compile_step, compiler_options, keep_programs
 from moe.config import Config
+from moe.evaluation.environment import environment
+from moe.evaluation.report import write_report
 from moe.files import AnyPath, open_path
 from moe.guard import GuardState, init_guard, judge, keep_unless
 from moe.initial import Initial, describe, load_initial, plan_initial
@@ -246,6 +248,8 @@ def train(
         lowered = step.loop.train.lower(step.loop.abstract_state, step.abstract_batch)
         initial = plan_start(config, step, workdir)
         differences, lock = open_workdir(workdir, table)
+    if hosts.is_first():
+        write_json(workdir / "environment.json", environment(mesh))
     hosts.say(*(f"the config differs from the one that began this run: {difference}" for difference in differences))
     hosts.say(*(f"{name}: {value}" for name, value in facts.items()))
     notices.append(caution(config.model, config.moe, config.router))
@@ -325,6 +329,7 @@ def train(
     }
     if hosts.is_first():
         write_json(workdir / "result.json", result)
+    write_report(config, workdir, step.loop.leave(state.variables), test_batches, mesh)
     return result
 
 
@@ -422,6 +427,7 @@ def main(argv: Sequence[str]) -> None:
     hosts.say(
         ", ".join(tests),
         f"checkpoint: {workdir / 'checkpoints' / str(result['step'])}",
+        f"report: {workdir / 'report.html'}",
         f"evaluate it: {os.path.relpath(sys.executable)} evaluate.py --workdir={workdir}",
     )
 

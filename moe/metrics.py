@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, routing.jsonl, TensorBoard, the terminal; and its parameters' hash."""
+"""Where a run's numbers go: metrics.jsonl, load.jsonl, TensorBoard, the terminal; and its parameters' hash."""
 
 import errno
 import hashlib
@@ -32,13 +32,13 @@ _COPY_SECONDS = 30.0
 # Entries of an array that are brought to all hosts at a time.
 _GATHERED = 2**26
 # The files of lines.
-_METRICS, _ROUTING = "metrics.jsonl", "routing.jsonl"
+_METRICS, _LOAD = "metrics.jsonl", "load.jsonl"
 
 
 class MetricsWriter:
     """Adds one line per log point to metrics.jsonl, and the same numbers to TensorBoard event files.
 
-    The experts' load goes to routing.jsonl, {"step": …, "load": {"layer_1": [share of each expert, …], …}}, and to
+    The experts' load goes to load.jsonl, {"step": …, "load": {"layer_1": [share of each expert, …], …}}, and to
     TensorBoard as histograms and a picture. Only the first process writes. Objects on a bucket can't be added to: there
     all is written on this machine, and copied at most every `_COPY_SECONDS` and in the end. What can't be written, for
     want of space or of a connection, is said once, kept, and written when that is possible again.
@@ -50,7 +50,7 @@ class MetricsWriter:
         last: of the others the last one with a clock's values, {} where there is none.
         """
         self.last: dict[str, Any] = {}
-        self._pending: dict[str, list[str]] = {_METRICS: [], _ROUTING: []}
+        self._pending: dict[str, list[str]] = {_METRICS: [], _LOAD: []}
         self._is_failing = False
         self._events: EventsWriter | None = None
         if not hosts.is_first():
@@ -58,7 +58,7 @@ class MetricsWriter:
         self._target = workdir
         self._folder = Path(tempfile.mkdtemp(prefix="metrics-")) if is_remote(workdir) else workdir
         self._copied = time.monotonic()
-        _, kept = self._begin(_ROUTING, start_step)
+        _, kept = self._begin(_LOAD, start_step)
         again, kept = self._begin(_METRICS, start_step)
         logged = (line for line in map(json.loads, reversed(kept)) if "time/elapsed_seconds" in line)
         self.last = next(logged, {})
@@ -87,7 +87,7 @@ class MetricsWriter:
         if load:
             # Four digits of a share.
             shares = {name: [float(f"{share:.4g}") for share in values] for name, values in load.items()}
-            self._pending[_ROUTING].append(json.dumps({"step": step, "load": shares}, separators=(",", ":")) + "\n")
+            self._pending[_LOAD].append(json.dumps({"step": step, "load": shares}, separators=(",", ":")) + "\n")
             tags += load_summaries(load)
         event = Event(step=step, wall_time=time.time(), summary=Summary(value=tags))
         try:

@@ -32,7 +32,7 @@ ORDER = [
     ],
     ["moe.tasks"],
     ["moe.config"],
-    ["moe.workdir", "moe.cli"],
+    ["moe.workdir", "moe.cli", "moe.evaluation.report"],
     ["moe.generate", "moe.convert"],
     ["moe.initial", "moe.plan", "moe.compare"],
     ["moe.watch"],
@@ -48,7 +48,8 @@ WITHOUT_MESH = RANK["moe.parallel"]
 
 def place_of(module: str) -> str | None:
     """The row entry that a module belongs to."""
-    return next((place for place in RANK if module == place or module.startswith(f"{place}.")), None)
+    places = [place for place in RANK if module == place or module.startswith(f"{place}.")]
+    return max(places, key=len, default=None)
 
 
 def imported(tree: ast.AST) -> set[str]:

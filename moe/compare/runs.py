@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from moe import cli
 from moe.config import CHOICES
+from moe.evaluation.report import read_lines
 from moe.files import AnyPath
 from moe.models import MODELS
 from moe.workdir import read_config
@@ -58,6 +59,8 @@ class Run(NamedTuple):
     def measures(self) -> dict[str, float]:
         """What can be compared by number: the tests of result.json, and the median examples_per_second of the log."""
         values = {name: value for name, value in self.result.items() if name.startswith("test/")}
+        # Ends of intervals are no measures.
+        values = {name: value for name, value in values.items() if not name.endswith(("_low", "_high"))}
         values = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
         speeds = [line["examples_per_second"] for line in self.lines if _is_number(line.get("examples_per_second"))]
         return values | ({"examples_per_second": statistics.median(speeds)} if speeds else {})
@@ -95,23 +98,6 @@ def read_run(path: AnyPath) -> Run:
             f"{path} has a result of step {result.get('step')} and a config of {steps} steps: let train.py finish it."
         )
     return Run(path, flat_settings(config.to_dict()), result, read_lines(path / "metrics.jsonl"))
-
-
-def read_lines(path: AnyPath) -> list[dict[str, Any]]:
-    """The tables in a file of one JSON a line; [] where there is no file, and without what a crash has cut off."""
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        return []
-    lines = []
-    for line in text.splitlines():
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, dict) and isinstance(value.get("step"), int):
-            lines.append(value)
-    return lines
 
 
 def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:

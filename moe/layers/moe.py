@@ -162,7 +162,7 @@ class Moe(nnx.Module):
         y_BLD = y_GTD.reshape(x_BLD.shape)
         if self.shared:
             y_BLD = y_BLD + self._shared_experts(x_BLD)
-        metrics = {name: jnp.mean(value) for name, value in routed.metrics.items()}
+        metrics = {name: jnp.mean(value, axis=0) for name, value in routed.metrics.items()}
         # A router that knows better than its gate what a metric is has the last word.
         metrics = routing_metrics(routed.routing, logits_GTX, mask_GT, kept_G, self.config.num_experts) | metrics
         return MoeOutput(
