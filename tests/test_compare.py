@@ -112,7 +112,7 @@ def test_an_estimate_shows_two_digits_of_its_error() -> None:
     assert str(estimate([1.0, 2.0, 4.0])) == "2.33 ± 0.88"
     assert str(estimate([0.25])) == "0.25"
     assert str(estimate([3.0, 3.0])) == "3 ± 0"
-    assert str(estimate([1000.0, 2000.0])) == "1500 ± 500"
+    assert str(estimate([1000.0, 2000.0])) == "1,500 ± 500"
 
 
 def test_what_does_not_compare_is_one_sentence(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:

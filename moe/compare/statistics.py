@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moe.compare.runs import Group, Run
+from moe.evaluation.charts import number
 
 
 class Estimate(NamedTuple):
@@ -18,11 +19,11 @@ class Estimate(NamedTuple):
     def __str__(self) -> str:
         """0.9694 ± 0.0016: as many places as the error has with two digits."""
         if not math.isfinite(self.error):
-            return f"{self.mean:.4g}"
+            return number(self.mean)
         if self.error == 0:
-            return f"{self.mean:.4g} ± 0"
+            return f"{number(self.mean)} ± 0"
         places = max(0, 1 - math.floor(math.log10(self.error)))
-        return f"{self.mean:.{places}f} ± {self.error:.{places}f}"
+        return f"{self.mean:,.{places}f} ± {self.error:,.{places}f}"
 
 
 def estimate(values: Sequence[float]) -> Estimate:

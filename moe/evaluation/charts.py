@@ -99,7 +99,8 @@ class Scale(NamedTuple):
 def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Round numbers at even distances, from at or below `low` to at or above `high`."""
     if not high - low > 1e-9 * max(abs(low), abs(high)):
-        low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
+        half = abs(low) / 2 or 0.5
+        low, high = (0.0, 1.0) if low == 0 else (low - half, high + half)
     raw = (high - low) / most
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * (1 - 1e-9))
@@ -109,7 +110,9 @@ def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 def number(value: float) -> str:
     """A number as an axis shows it."""
-    if abs(value) >= 1e5 or 0 < abs(value) < 1e-3:
+    if 1e3 <= abs(value) < 1e6:
+        return f"{value:,.0f}"
+    if abs(value) >= 1e6 or 0 < abs(value) < 1e-3:
         return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:.4g}"
 

@@ -99,7 +99,8 @@ def trace_examples(
     first = {name: np.asarray(batch[name])[:rows] for name in config.scored}
     mine = np.array(local_rows(mesh, rows))
     laid = {name: to_global(values[mine], mesh) for name, values in first.items()}
-    shardings = Variables(*(param_shardings(*pair, mesh) for pair in zip(variables, model.axes, strict=True)))
+    abstract = jax.eval_shape(lambda tree: tree, variables)
+    shardings = Variables(*(param_shardings(*pair, mesh) for pair in zip(abstract, model.axes, strict=True)))
     jitted = jax.jit(run, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh))
     chosen_N2TK = np.asarray(jax.device_get(jitted(variables, laid)))
     layers, _, _, choices = chosen_N2TK.shape

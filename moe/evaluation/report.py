@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from moe.config import Config, name_of
 from moe.data.text import TextConfig
 from moe.data.tokenizer import open_tokenizer
-from moe.evaluation.charts import Series, heat_scale, heat_slider, heat_strip, line_chart
+from moe.evaluation.charts import Series, heat_scale, heat_slider, heat_strip, line_chart, number
 from moe.evaluation.examples import Examples, trace_examples
 from moe.evaluation.page import details, facts, page, section
 from moe.evaluation.taken import pictures, texts
@@ -219,7 +219,7 @@ def _speed(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     for key in ("examples_per_second", "tokens_per_second", "mfu"):
         values = [line[key] for line in lines if isinstance(line.get(key), int | float)]
         if values:
-            found[f"{key.replace('_', ' ')}, median"] = f"{statistics.median(values):.4g}"
+            found[f"{key.replace('_', ' ')}, median"] = number(statistics.median(values))
     last: Mapping[str, Any] = next((line for line in reversed(lines) if "time/elapsed_seconds" in line), {})
     seconds = {key: value for key, value in last.items() if key.startswith("time/") and key.endswith("_seconds")}
     seconds.pop("time/unix_seconds", None)
