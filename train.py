@@ -51,6 +51,7 @@ from moe.plan.chips import peak_flops
 from moe.profile import Profile, parse_steps
 from moe.saves import Saves
 from moe.tasks import TASKS, caution, shortage
+from moe.tracking import Tracker
 from moe.types import PyTree
 from moe.unstacked import Loop, make_loop, stack
 from moe.watch import Watch
@@ -237,6 +238,7 @@ def train(
     clock = Clock()
     keep_programs(config.compiler)
     with cli.usage_errors():
+        config.wandb.check()
         mesh = make_mesh(config.mesh)
         task = TASKS[config.model.task]
         facts = task.check_data(config.data, config.model)
@@ -262,7 +264,8 @@ def train(
     start = index = int(state.step)
     state = step.loop.enter(state)
 
-    writer, progress = MetricsWriter(workdir, start), Progress(config.steps, start)
+    tracker = Tracker(config.wandb, table.to_dict(), workdir)
+    writer, progress = MetricsWriter(workdir, start, tracker), Progress(config.steps, start)
     profile, rates = Profile(profile_steps, workdir / "profile"), Rates(config, step, mesh, start)
     saves = Saves(checkpoints, config.checkpoint, start if is_resumed else None)
     watch = Watch(config, workdir, examples.indices)

@@ -25,6 +25,7 @@ from moe.checksums import name_leaves
 from moe.events import load_summaries
 from moe.files import AnyPath, describe, is_remote, write_whole
 from moe.parallel import hosts
+from moe.tracking import Tracker
 from moe.types import PyTree
 
 # Between copies of a run's numbers to object storage.
@@ -44,14 +45,16 @@ class MetricsWriter:
     want of space or of a connection, is said once, kept, and written when that is possible again.
     """
 
-    def __init__(self, workdir: AnyPath, start_step: int) -> None:
+    def __init__(self, workdir: AnyPath, start_step: int, tracker: Tracker | None = None) -> None:
         """Lines after `start_step` are from a part of the run that is computed again; they are taken out.
 
-        last: of the others the last one with a clock's values, {} where there is none.
+        tracker: gets the same numbers, and is closed with this. last: of the other lines the last one with a clock's
+        values, {} where there is none.
         """
         self.last: dict[str, Any] = {}
         self._pending: dict[str, list[str]] = {_METRICS: [], _LOAD: []}
         self._is_failing = False
+        self._tracker = tracker
         self._events: EventsWriter | None = None
         if not hosts.is_first():
             return
@@ -90,6 +93,8 @@ class MetricsWriter:
             self._pending[_LOAD].append(json.dumps({"step": step, "load": shares}, separators=(",", ":")) + "\n")
             tags += load_summaries(load)
         event = Event(step=step, wall_time=time.time(), summary=Summary(value=tags))
+        if self._tracker is not None:
+            self._tracker.log(step, values)
         try:
             self._append()
             self._events.write_event(event)
@@ -131,6 +136,8 @@ class MetricsWriter:
         """Completes the files; says what couldn't be written."""
         if self._events is None:
             return
+        if self._tracker is not None:
+            self._tracker.close()
         try:
             self._append()
             self._events.close()

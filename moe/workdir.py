@@ -31,6 +31,7 @@ FREE_FIELDS = (
     "guard.spike",
     "guard.abort_after",
     "watchdog_minutes",
+    "wandb.",
     # Sums in another order.
     "accumulation_steps",
     "log_every",

@@ -26,6 +26,7 @@ ORDER = [
         "moe.watchdog",
         "moe.events",
         "moe.metrics",
+        "moe.tracking",
         "moe.unstacked",
         "moe.compiler",
         "moe.profile",
