@@ -206,7 +206,7 @@ def sweep(jobs: Sequence[Job], folder: Path, width: int) -> None:
     if len(waiting) < len(jobs):
         print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs have finished before", flush=True)
     codes = Pool(width).run(waiting)
-    finished = [job.workdir for job in jobs if job.is_finished()]
+    finished = [job.workdir for job in jobs if codes.get(job) == 0 or job.is_finished()]
     if finished:
         comparison = compare_runs(finished)
         write_whole(folder / "compare.html", html_page(comparison))
