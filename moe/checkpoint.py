@@ -126,8 +126,9 @@ class Checkpoints:
     def save(self, step: int, state: PyTree, position: dict[str, Any]) -> None:
         """Starts to write `state` (arrays) and `position` (JSON); the copy from the devices is done on return.
 
-        The save before has to have been waited for. `wait` says whether this one succeeds.
+        The save before is waited for; `wait` says whether this one succeeds.
         """
+        self.wait()
         sums = checksums(state)
         arrays = {name: [list(leaf.shape), sums[name]] for name, leaf in name_leaves(state).items()}
         record = _sealed({"step": step, "position": position, "arrays": arrays})
@@ -194,6 +195,14 @@ class Checkpoints:
     def restore_variables(self, step: int, abstract_variables: PyTree) -> PyTree:
         """The model's variables alone, of a state that has them under that name; errors as `restore`."""
         return self._restore(step, {"variables": abstract_variables}, within="variables/")[1]["variables"]
+
+    def sums(self, step: int) -> dict[str, str]:
+        """The checksum of every array by its name (`moe.checksums`), none where they were not kept; errors as
+        `restore`.
+        """
+        with self._explained(step):
+            arrays = self._read_record(step).get("arrays", {})
+            return {name: total for name, (_, total) in arrays.items()}
 
     def _restore(self, step: int, abstract: PyTree, within: str = "") -> tuple[dict[str, Any], PyTree]:
         record: dict[str, Any] = {}
@@ -296,15 +305,14 @@ class Checkpoints:
         return None
 
     def set_aside(self, step: int) -> AnyPath:
-        """Moves a damaged checkpoint to the folder `damaged`, where it is no longer seen; returns its new place."""
-        target = self.folder / "damaged" / str(step)
+        """Renames a damaged checkpoint, so that it is no longer seen; returns its new place."""
+        target = self.folder / f"{step}.damaged"
         number = 1
         while target.exists():
             number += 1
-            target = self.folder / "damaged" / f"{step}-{number}"
+            target = self.folder / f"{step}.damaged-{number}"
         hosts.wait("every process knows where a damaged checkpoint goes")
         if hosts.is_first():
-            target.parent.mkdir(exist_ok=True)
             (self.folder / str(step)).rename(target)
         hosts.wait("a damaged checkpoint is set aside")
         self._manager.reload()
