@@ -26,12 +26,14 @@ from moe import config as config_lib
 from moe.checkpoint import CheckpointError, Checkpoints, complete_steps
 from moe.compiler import compile_step, compiler_options, keep_programs
 from moe.config import Config
+from moe.evaluation.environment import environment
+from moe.evaluation.report import write_report
 from moe.files import AnyPath, open_path
 from moe.guard import GuardState, init_guard, judge, keep_unless
 from moe.initial import Initial, describe, load_initial, plan_initial
 from moe.layers.moe import group_count
-from moe.metrics import Clock, MetricsWriter, Progress, flatten, params_sha256, per_layer, write_json
-from moe.models import Batch, Model, Objective, Variables, make_model
+from moe.metrics import Clock, MetricsWriter, Progress, flatten, layer_loads, params_sha256, per_layer, write_json
+from moe.models import Batch, Model, ModelConfig, Objective, Variables, make_model
 from moe.optim import make_optimizer
 from moe.parallel import hosts
 from moe.parallel.mesh import (
@@ -49,6 +51,7 @@ from moe.plan.chips import peak_flops
 from moe.profile import Profile, parse_steps
 from moe.saves import Saves
 from moe.tasks import TASKS, caution, shortage
+from moe.tracking import Tracker
 from moe.types import PyTree
 from moe.unstacked import Loop, make_loop, stack
 from moe.watch import Watch
@@ -235,6 +238,7 @@ def train(
     clock = Clock()
     keep_programs(config.compiler)
     with cli.usage_errors():
+        config.wandb.check()
         mesh = make_mesh(config.mesh)
         task = TASKS[config.model.task]
         facts = task.check_data(config.data, config.model)
@@ -246,6 +250,8 @@ def train(
         lowered = step.loop.train.lower(step.loop.abstract_state, step.abstract_batch)
         initial = plan_start(config, step, workdir)
         differences, lock = open_workdir(workdir, table)
+    if hosts.is_first():
+        write_json(workdir / "environment.json", environment(mesh))
     hosts.say(*(f"the config differs from the one that began this run: {difference}" for difference in differences))
     hosts.say(*(f"{name}: {value}" for name, value in facts.items()))
     notices.append(caution(config.model, config.moe, config.router))
@@ -258,7 +264,8 @@ def train(
     start = index = int(state.step)
     state = step.loop.enter(state)
 
-    writer, progress = MetricsWriter(workdir, start), Progress(config.steps, start)
+    tracker = Tracker(config.wandb, table.to_dict(), workdir)
+    writer, progress = MetricsWriter(workdir, start, tracker), Progress(config.steps, start)
     profile, rates = Profile(profile_steps, workdir / "profile"), Rates(config, step, mesh, start)
     saves = Saves(checkpoints, config.checkpoint, start if is_resumed else None)
     watch = Watch(config, workdir, examples.indices)
@@ -280,9 +287,10 @@ def train(
             is_stopping = stop.is_due() and index < config.steps
             is_logged = is_stopping or is_due(index, config.log_every, config.steps)
             if is_logged:
-                values = log_values(jax.device_get(metrics), config) | rates.since_last(index) | clock.values()
+                metrics = jax.device_get(metrics)
+                values = log_values(metrics, config) | rates.since_last(index) | clock.values()
                 values |= {"data/skipped": examples.skipped} if examples.skipped else {}
-                writer.write(index, values)
+                writer.write(index, values, layer_loads(metrics["moe"], *moe_layers(config.model)))
                 progress.log(index, values["train/loss"], values["examples_per_second"])
                 gave_up = watch.look(values)
             if is_stopping or gave_up:
@@ -324,6 +332,7 @@ def train(
     }
     if hosts.is_first():
         write_json(workdir / "result.json", result)
+    write_report(config, workdir, step.loop.leave(state.variables), test_batches, mesh)
     return result
 
 
@@ -383,14 +392,19 @@ def is_due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
+def moe_layers(model: ModelConfig) -> tuple[int, int]:
+    """The number of the first block with experts, and from how many on the next one has."""
+    return model.dense_layers + model.moe_every - 1, model.moe_every
+
+
 def log_values(metrics: dict[str, Any], config: Config) -> dict[str, float]:
     """One flat table: train/…, router/… (weighted losses, added up over layers), moe/layer_N/…."""
-    every = config.model.moe_every
+    first, every = moe_layers(config.model)
     return {
         **flatten(metrics["train"], "train"),
         **flatten(metrics["router"], "router"),
         **flatten(metrics["guard"], "guard"),
-        **flatten(per_layer(metrics["moe"], first=config.model.dense_layers + every - 1, every=every), "moe"),
+        **flatten(per_layer(metrics["moe"], first, every), "moe"),
         **flatten(per_layer(metrics["blocks"], first=0, every=1), "blocks"),
     }
 
@@ -416,6 +430,7 @@ def main(argv: Sequence[str]) -> None:
     hosts.say(
         ", ".join(tests),
         f"checkpoint: {workdir / 'checkpoints' / str(result['step'])}",
+        f"report: {workdir / 'report.html'}",
         f"evaluate it: {os.path.relpath(sys.executable)} evaluate.py --workdir={workdir}",
     )
 

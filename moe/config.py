@@ -29,6 +29,7 @@ from moe.optim import OptimizerConfig
 from moe.parallel.mesh import MeshConfig
 from moe.routers import ROUTERS, Router
 from moe.tasks import TASKS
+from moe.tracking import WandbConfig
 
 # A table that offers a choice of many: {"name": which, which: {its settings}, another: {its settings}}.
 CHOICES: Mapping[Any, Mapping[str, Any]] = {
@@ -54,6 +55,7 @@ class Config:
         its checkpoints, or the folder of a Hugging Face model; "": nothing. upcycle: how its MLPs become experts.
     log_every, evaluate_every: in steps; the last step is always logged and evaluated; 0: only the last.
     watchdog_minutes: a run that is not heard of for so long writes its stacks and ends with exit code 70; 0: never.
+    wandb: whether the run's numbers go to Weights & Biases, too.
     """
 
     seed: int
@@ -76,6 +78,7 @@ class Config:
     log_every: int = 50
     evaluate_every: int = 0
     watchdog_minutes: float = 30.0
+    wandb: WandbConfig = WandbConfig()
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation_steps", "log_every"):
@@ -100,7 +103,8 @@ def load_file(path: str) -> ml_collections.ConfigDict:
 
     "FILE.py:PRESET" is `get_config("PRESET")`, for one of the presets that the file's table MESHES names.
     Only a Python file that the command names is run. What a JSON file says of the compiler isn't taken, but for the
-    preset: programs of a cache are run, and options can name files to write.
+    preset: programs of a cache are run, and options can name files to write. Nor is its project of Weights & Biases, so
+    that somebody else's file sends nothing anywhere.
     Raises ValueError if there is no such file, function or preset.
     """
     stem, colon, preset = path.rpartition(".py:")
@@ -117,6 +121,9 @@ def load_file(path: str) -> ml_collections.ConfigDict:
         if isinstance(table.get("compiler"), ml_collections.ConfigDict):
             with table.compiler.ignore_type():
                 table.compiler.update({"cache": "", "options": ()})
+        if isinstance(table.get("wandb"), ml_collections.ConfigDict):
+            with table.wandb.ignore_type():
+                table.wandb.update({"project": ""})
         return table
     spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
     if spec is None or spec.loader is None:

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, the terminal, and the hash of its parameters."""
+"""Where a run's numbers go: metrics.jsonl, load.jsonl, TensorBoard, the terminal; and its parameters' hash."""
 
 import errno
 import hashlib
@@ -22,44 +22,49 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from moe.checksums import name_leaves
+from moe.events import load_summaries
 from moe.files import AnyPath, describe, is_remote, write_whole
 from moe.parallel import hosts
+from moe.tracking import Tracker
 from moe.types import PyTree
 
 # Between copies of a run's numbers to object storage.
 _COPY_SECONDS = 30.0
 # Entries of an array that are brought to all hosts at a time.
 _GATHERED = 2**26
+# The files of lines.
+_METRICS, _LOAD = "metrics.jsonl", "load.jsonl"
 
 
 class MetricsWriter:
     """Adds one line per log point to metrics.jsonl, and the same numbers to TensorBoard event files.
 
-    Only the first process writes. Objects on a bucket can't be added to: there both are written on this machine, and
-    copied at most every `_COPY_SECONDS` and in the end. What can't be written, for want of space or of a connection, is
-    said once, kept, and written when that is possible again.
+    The experts' load goes to load.jsonl, {"step": …, "load": {"layer_1": [share of each expert, …], …}}, and to
+    TensorBoard as histograms and a picture. Only the first process writes. Objects on a bucket can't be added to: there
+    all is written on this machine, and copied at most every `_COPY_SECONDS` and in the end. What can't be written, for
+    want of space or of a connection, is said once, kept, and written when that is possible again.
     """
 
-    def __init__(self, workdir: AnyPath, start_step: int) -> None:
+    def __init__(self, workdir: AnyPath, start_step: int, tracker: Tracker | None = None) -> None:
         """Lines after `start_step` are from a part of the run that is computed again; they are taken out.
 
-        last: of the others the last one with a clock's values, {} where there is none.
+        tracker: gets the same numbers, and is closed with this. last: of the other lines the last one with a clock's
+        values, {} where there is none.
         """
         self.last: dict[str, Any] = {}
-        self._pending: list[str] = []
+        self._pending: dict[str, list[str]] = {_METRICS: [], _LOAD: []}
         self._is_failing = False
+        self._tracker = tracker
         self._events: EventsWriter | None = None
         if not hosts.is_first():
             return
         self._target = workdir
         self._folder = Path(tempfile.mkdtemp(prefix="metrics-")) if is_remote(workdir) else workdir
         self._copied = time.monotonic()
-        path = workdir / "metrics.jsonl"
-        kept, again = _split_lines(path, start_step)
+        _, kept = self._begin(_LOAD, start_step)
+        again, kept = self._begin(_METRICS, start_step)
         logged = (line for line in map(json.loads, reversed(kept)) if "time/elapsed_seconds" in line)
         self.last = next(logged, {})
-        if again or is_remote(workdir):
-            write_whole(self._folder / "metrics.jsonl", "".join(kept))
         if again:
             print(f"metrics.jsonl: took out {again} lines after step {start_step}, which is run again", file=sys.stderr)
         # Not SummaryWriter: its thread ends where the disk is full, and then whoever adds to its queue waits for ever.
@@ -69,13 +74,27 @@ class MetricsWriter:
             restart = SessionLog(status=SessionLog.START)
             self._events.write_event(Event(step=start_step + 1, wall_time=time.time(), session_log=restart))
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes {"step": step, **values}."""
+    def _begin(self, name: str, start_step: int) -> tuple[int, list[str]]:
+        """How many lines of the file are taken out, and those that stay."""
+        kept, again = _split_lines(self._target / name, start_step)
+        if again or (kept and is_remote(self._target)):
+            write_whole(self._folder / name, "".join(kept))
+        return again, kept
+
+    def write(self, step: int, values: Mapping[str, float], load: Mapping[str, Any] | None = None) -> None:
+        """Writes {"step": step, **values}; load: shares of the experts in the rows, by layer."""
         if self._events is None:
             return
-        self._pending.append(json.dumps({"step": step, **values}) + "\n")
-        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
-        event = Event(step=step, wall_time=time.time(), summary=summary)
+        self._pending[_METRICS].append(json.dumps({"step": step, **values}) + "\n")
+        tags = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        if load:
+            # Four digits of a share.
+            shares = {name: [float(f"{share:.4g}") for share in values] for name, values in load.items()}
+            self._pending[_LOAD].append(json.dumps({"step": step, "load": shares}, separators=(",", ":")) + "\n")
+            tags += load_summaries(load)
+        event = Event(step=step, wall_time=time.time(), summary=Summary(value=tags))
+        if self._tracker is not None:
+            self._tracker.log(step, values)
         try:
             self._append()
             self._events.write_event(event)
@@ -90,23 +109,25 @@ class MetricsWriter:
             self._is_failing = False
 
     def _append(self) -> None:
-        """Adds what is pending to metrics.jsonl, all of it or nothing."""
-        with (self._folder / "metrics.jsonl").open("ab", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
-            data = "".join(self._pending).encode()
-            try:
-                if file.write(data) < len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
-            except OSError:
-                file.truncate(size)
-                raise
-        self._pending = []
+        """Adds what is pending to each file, all of it or nothing."""
+        for name, lines in self._pending.items():
+            if not lines:
+                continue
+            with (self._folder / name).open("ab", buffering=0) as file:
+                size = file.seek(0, os.SEEK_END)
+                data = "".join(lines).encode()
+                try:
+                    if file.write(data) < len(data):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+                except OSError:
+                    file.truncate(size)
+                    raise
+            lines.clear()
 
     def _copy(self) -> None:
-        for name in (
-            "metrics.jsonl",
-            *(f"tensorboard/{file.name}" for file in (self._folder / "tensorboard").iterdir()),
-        ):
+        lines = (name for name in self._pending if (self._folder / name).exists())
+        events = (f"tensorboard/{file.name}" for file in (self._folder / "tensorboard").iterdir())
+        for name in (*lines, *events):
             (self._target / name).parent.mkdir(parents=True, exist_ok=True)
             (self._target / name).write_bytes((self._folder / name).read_bytes())
         self._copied = time.monotonic()
@@ -115,6 +136,8 @@ class MetricsWriter:
         """Completes the files; says what couldn't be written."""
         if self._events is None:
             return
+        if self._tracker is not None:
+            self._tracker.close()
         try:
             self._append()
             self._events.close()
@@ -177,12 +200,21 @@ def flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, float]:
 
 
 def per_layer(metrics: Mapping[str, Any], first: int, every: int) -> dict[str, float]:
-    """Metrics over MoE layers, as {"layer_3/entropy": …}, numbered by the block that the experts stand in."""
+    """Metrics over MoE layers, as {"layer_3/entropy": …}, numbered by the block that the experts stand in.
+
+    Scalars only; for the load of every expert see `layer_loads`.
+    """
     return {
         f"layer_{first + every * index}/{name}": float(value)
         for name, values in metrics.items()
         for index, value in enumerate(values)
+        if np.ndim(value) == 0
     }
+
+
+def layer_loads(metrics: Mapping[str, Any], first: int, every: int) -> dict[str, Any]:
+    """The shares of the experts in the rows, {"layer_3": [E], …}; {} of a model without experts."""
+    return {f"layer_{first + every * index}": shares for index, shares in enumerate(metrics.get("expert_load", ()))}
 
 
 def params_sha256(params: PyTree) -> str:

@@ -20,7 +20,7 @@ from moe.parallel import hosts
 from moe.parallel.mesh import MeshConfig, make_mesh, param_shardings
 
 # What a run writes in its workdir, besides what is replaced whole.
-_WRITTEN = ("checkpoints", "metrics.jsonl", "profile", "tensorboard")
+_WRITTEN = ("checkpoints", "load.jsonl", "metrics.jsonl", "profile", "tensorboard", "wandb")
 
 # Fields in which a resumed run may differ from the one that wrote its checkpoints: they change where and how long it
 # computes, what it says and how fast it learns, but not what the stored arrays mean.
@@ -31,6 +31,7 @@ FREE_FIELDS = (
     "guard.spike",
     "guard.abort_after",
     "watchdog_minutes",
+    "wandb.",
     # Sums in another order.
     "accumulation_steps",
     "log_every",

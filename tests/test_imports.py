@@ -24,19 +24,22 @@ ORDER = [
         "moe.saves",
         "moe.lock",
         "moe.watchdog",
+        "moe.events",
         "moe.metrics",
+        "moe.tracking",
         "moe.unstacked",
         "moe.compiler",
         "moe.profile",
     ],
     ["moe.tasks"],
     ["moe.config"],
-    ["moe.workdir", "moe.cli"],
+    ["moe.workdir", "moe.cli", "moe.evaluation.report"],
     ["moe.generate", "moe.convert", "moe.inspection"],
-    ["moe.initial", "moe.plan"],
+    ["moe.initial", "moe.plan", "moe.compare"],
     ["moe.watch"],
     ["train"],
-    ["evaluate", "plan", "replay"],
+    ["evaluate", "plan", "replay", "compare"],
+    ["sweep"],
 ]
 RANK = {place: rank for rank, places in enumerate(ORDER) for place in places}
 # Plain JAX up to the layers, and no mesh before there is one.
@@ -46,7 +49,8 @@ WITHOUT_MESH = RANK["moe.parallel"]
 
 def place_of(module: str) -> str | None:
     """The row entry that a module belongs to."""
-    return next((place for place in RANK if module == place or module.startswith(f"{place}.")), None)
+    places = [place for place in RANK if module == place or module.startswith(f"{place}.")]
+    return max(places, key=len, default=None)
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -61,13 +65,8 @@ def imported(tree: ast.AST) -> set[str]:
 
 
 def sources() -> list[tuple[str, Path]]:
-    files = [
-        *(REPOSITORY / "moe").rglob("*.py"),
-        REPOSITORY / "train.py",
-        REPOSITORY / "evaluate.py",
-        REPOSITORY / "plan.py",
-        REPOSITORY / "replay.py",
-    ]
+    programs = ("train", "evaluate", "plan", "replay", "compare", "sweep")
+    files = [*(REPOSITORY / "moe").rglob("*.py"), *(REPOSITORY / f"{name}.py" for name in programs)]
     dotted = [".".join(path.relative_to(REPOSITORY).with_suffix("").parts) for path in files]
     named = [(name.removesuffix(".__init__"), path) for name, path in zip(dotted, files, strict=True)]
     return [(name, path) for name, path in named if name != "moe"]

@@ -1,11 +1,15 @@
 """Where a run's time goes, by a clock that the test turns."""
 
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from moe import metrics
+from moe.events import load_summaries
 from moe.metrics import Clock, MetricsWriter
 
 
@@ -87,3 +91,39 @@ def test_a_clock_goes_on_where_the_last_line_is_an_evaluations(tmp_path: Path, t
     time.now += 10
     assert clock.values()["time/training_seconds"] == 40
     writer.close()
+
+
+def test_the_load_of_experts_goes_to_a_file_beside_and_is_taken_out_with_its_step(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, 0)
+    for step in (1, 2, 3):
+        writer.write(
+            step, {"train/loss": 1.0}, {"layer_1": np.array([0.75, 0.25]), "layer_3": np.array([1 / 3, 2 / 3])}
+        )
+    writer.write(3, {"test/loss": 1.0})
+    writer.close()
+    MetricsWriter(tmp_path, 2).close()
+    lines = [json.loads(line) for line in (tmp_path / "load.jsonl").read_text().splitlines()]
+    assert lines == [{"step": n, "load": {"layer_1": [0.75, 0.25], "layer_3": [0.3333, 0.6667]}} for n in (1, 2)]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_tensorboard_gets_a_histogram_a_layer_and_a_picture_of_all() -> None:
+    """Of four experts one has three quarters of the rows, which is three times the mean, and two have none."""
+    first, second, picture = load_summaries({"layer_1": [0.75, 0.0, 0.0, 0.25], "layer_3": [0.25] * 4})
+    assert (first.tag, second.tag, picture.tag) == (
+        "moe/layer_1/load_to_mean",
+        "moe/layer_3/load_to_mean",
+        "moe/load_to_mean",
+    )
+    assert (first.histo.num, first.histo.sum, first.histo.max) == (4, 4, 3)
+    assert (first.histo.bucket[0], first.histo.bucket[-1], sum(first.histo.bucket)) == (2, 1, 4)
+    pixels = np.asarray(Image.open(io.BytesIO(picture.image.encoded_image_string)))
+    assert pixels.shape == (picture.image.height, picture.image.width, 3) == (32, 64, 3)
+    assert pixels[0, 0].tolist() == [0xFD, 0xE7, 0x25]
+    assert pixels[0, 16].tolist() == [0x44, 0x01, 0x54]
+    assert (pixels[16:] == pixels[16, 0]).all()
+
+
+def test_loads_that_are_no_numbers_are_shown_as_none() -> None:
+    histogram = load_summaries({"layer_1": [float("nan")] * 2})[0].histo
+    assert (histogram.max, histogram.bucket[0]) == (0, 2)

@@ -19,6 +19,7 @@ import train
 from moe import cli
 from moe import config as config_lib
 from moe.checkpoint import Checkpoints
+from tests.pages import parse_page
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = [
@@ -104,6 +105,22 @@ def test_a_run_writes_what_the_readme_says(finished: Path) -> None:
     assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
     assert config_lib.resolve(config_lib.from_json((finished / "config.json").read_text())).steps == 6
     assert Checkpoints(finished / "checkpoints").steps() == [3, 6]
+    loads = [json.loads(line) for line in (finished / "load.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in loads] == [2, 4, 6]
+    shares = loads[-1]["load"]
+    assert list(shares) == ["layer_0", "layer_1"]
+    assert max(shares["layer_1"]) * 4 == pytest.approx(last["moe/layer_1/load_max_to_mean"], rel=1e-3)
+    assert read(finished / "environment.json")["jax"] == jax.__version__
+
+
+def test_a_run_ends_with_a_report_and_evaluation_writes_one(copied: Path) -> None:
+    page = parse_page((copied / "report.html").read_text())
+    for words in ("softmax, digits", "6 steps of 72 examples", "label 2", "expert 3", jax.__version__):
+        assert words in page.text
+    (copied / "report.html").unlink()
+    assert run_evaluate(copied, "--step=3", "--report") == 0
+    assert "Evaluation" in parse_page((copied / "report.html").read_text()).text
+    assert read(copied / "evaluation.json")["step"] == 3
 
 
 def test_resuming_ends_with_bit_identical_parameters(finished: Path, copied: Path) -> None:

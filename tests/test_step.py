@@ -391,5 +391,6 @@ def test_the_sigmoid_loss_adds_up_over_the_classes() -> None:
 def test_metrics_are_numbered_by_the_blocks_with_experts() -> None:
     model = dataclasses.replace(MODEL, depth=7, dense_layers=3, moe_every=2)
     config = dataclasses.replace(CONFIG, model=model)
-    metrics = {"train": {}, "router": {}, "guard": {}, "moe": {"overflow": np.array([0.25, 0.5])}, "blocks": {}}
+    moe = {"overflow": np.array([0.25, 0.5]), "expert_load": np.array([[0.5, 0.5], [0.75, 0.25]])}
+    metrics = {"train": {}, "router": {}, "guard": {}, "moe": moe, "blocks": {}}
     assert train.log_values(metrics, config) == {"moe/layer_4/overflow": 0.25, "moe/layer_6/overflow": 0.5}

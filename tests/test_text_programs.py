@@ -11,6 +11,7 @@ import pytest
 import evaluate
 import train
 from moe import cli, generate
+from tests.pages import parse_page
 from tests.test_step import compile_fast
 
 __all__ = ["compile_fast"]
@@ -70,6 +71,9 @@ def test_train_evaluate_and_generate(config: str, tmp_path: Path, capsys: pytest
     assert len(losses) == 3
     assert losses[0] == pytest.approx(np.log(257), rel=0.3)
 
+    page = parse_page((workdir / "report.html").read_text())
+    assert "What the experts take" in page.text
+    assert "cat" in page.text
     assert run(evaluate, f"--workdir={workdir}") == 0
     assert json.loads((workdir / "evaluation.json").read_text()) == result
     capsys.readouterr()

@@ -16,6 +16,7 @@ def new_config(**changes: Any) -> ml_collections.ConfigDict:
         "compiler": {"preset": "default", "options": (), "cache": ""},
         "guard": {"spike": 10.0, "window": 128, "abort_after": 10},
         "watchdog_minutes": 30.0,
+        "wandb": {"project": "", "mode": "offline"},
         "upcycle": {"method": "copy", "noise": 0.0, "drop": 0.0, "output_scale": 1.0},
     }
     return ml_collections.ConfigDict(fields | changes)

@@ -80,7 +80,7 @@ class MoeOutput(NamedTuple):
     """What an MoE layer returns.
 
     y: for every token the sum of its experts' outputs by combine weight, and of the shared experts'.
-    losses: the router's, weighted, means over groups; to be added to the training loss. metrics: scalars of this layer.
+    losses: the router's, weighted, means over groups; to be added to the training loss. metrics: those of `routing_metrics`, of this layer.
     state: the router's after this step, for the next one.
     """
 
@@ -172,7 +172,7 @@ class Moe(nnx.Module):
         y_BLD = y_GTD.reshape(x_BLD.shape)
         if self.shared:
             y_BLD = y_BLD + self._shared_experts(x_BLD)
-        metrics = {name: jnp.mean(value) for name, value in routed.metrics.items()}
+        metrics = {name: jnp.mean(value, axis=0) for name, value in routed.metrics.items()}
         # A router that knows better than its gate what a metric is has the last word.
         metrics = routing_metrics(routed.routing, logits_GTX, mask_GT, kept_G, self.config.num_experts) | metrics
         return MoeOutput(

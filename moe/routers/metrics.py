@@ -27,8 +27,9 @@ def routing_metrics(
     kept_G: Int[Array, "G"],
     num_experts: int,
 ) -> Metrics:
-    """The metrics that every router has, as scalars over the batch.
+    """The metrics that every router has, over the batch: scalars, and one vector.
 
+    expert_load: [E], the share of each expert in the rows that ask for one (`expert_load`); they sum to 1.
     load_max_to_mean: largest expert load over the mean load; 1 at balance, E when one expert has everything.
     dead_experts: experts that no token asked for.
     entropy: mean over tokens of the entropy of softmax(logits), in nats; log E at uniform, 0 when collapsed. Only
@@ -37,13 +38,15 @@ def routing_metrics(
     experts_per_token: choices per token.
     """
     load_E = expert_load(routing, num_experts)
+    tiny = jnp.finfo(jnp.float32).tiny
     tokens = jnp.sum(mask_GT, dtype=jnp.float32)
     if isinstance(routing, Slots):  # every token reads every expert, and none is dropped
         choices = kept = tokens * num_experts
     else:
         choices, kept = (jnp.sum(counts_G).astype(jnp.float32) for counts_G in (routing.choices, kept_G))
     metrics = {
-        "load_max_to_mean": jnp.max(load_E) / jnp.maximum(jnp.mean(load_E), jnp.finfo(jnp.float32).tiny),
+        "expert_load": load_E / jnp.maximum(jnp.sum(load_E), tiny),
+        "load_max_to_mean": jnp.max(load_E) / jnp.maximum(jnp.mean(load_E), tiny),
         "dead_experts": jnp.sum(load_E == 0, dtype=jnp.float32),
         "overflow": (choices - kept) / jnp.maximum(choices, 1),
         "experts_per_token": choices / jnp.maximum(tokens, 1),

@@ -127,6 +127,7 @@ MISTAKES: dict[str, tuple[Any, ...]] = {
     "upcycle.drop": (2,),
     "upcycle.noise": (-1,),
     "upcycle.output_scale": (0,),
+    "wandb.mode": ("sometimes", ""),
     "data.prefetch": (0,),
     "data.threads": (-1,),
     "data.workers": (-1,),
@@ -253,6 +254,7 @@ def right(draw: st.DrawFn) -> tuple[str, ...]:
         "optimizer.b2": pick(0.0, 0.99),
         "optimizer.clip_norm": pick(0.0, 0.01, 1.0),
         "compiler.preset": pick("default", "overlap"),
+        "wandb.mode": pick("offline", "online"),
     }
     fields |= _vit(pick, fsdp) if name == "vit" else _lm(pick, tensor, heads)
     fields |= router_fields(pick, pick(*ROUTERS), experts)

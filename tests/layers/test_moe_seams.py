@@ -66,6 +66,7 @@ def test_metrics_of_hand_made_queues() -> None:
     layer.w_gate[...] = jnp.zeros_like(layer.w_gate[...])
     output = run(layer, x, example_keys()).output
     expected = {
+        "expert_load": [1] + [0] * (EXPERTS - 1),
         "load_max_to_mean": EXPERTS,
         "dead_experts": EXPERTS - 1,
         "entropy": np.log(EXPERTS),

@@ -24,6 +24,7 @@ def test_metrics_by_hand() -> None:
     mask_GT = jnp.array([[True, True, True], [True, False, False]])
     got = routing_metrics(two_groups(), logits_GTE, mask_GT, jnp.array([2, 2], jnp.int32), num_experts=4)
     expected = {
+        "expert_load": [4 / 6, 1 / 6, 0, 1 / 6],
         "load_max_to_mean": 4 / 1.5,
         "dead_experts": 1.0,
         "entropy": 3 / 4 * math.log(4),

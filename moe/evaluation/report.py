@@ -1,0 +1,247 @@
+"""The page of a run, report.html in its workdir: curves, routing, what experts take, speed, config, environment."""
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from moe.config import Config, name_of
+from moe.data.text import TextConfig
+from moe.data.tokenizer import open_tokenizer
+from moe.evaluation.charts import Series, heat_scale, heat_slider, heat_strip, line_chart, number
+from moe.evaluation.examples import Examples, trace_examples
+from moe.evaluation.page import details, facts, page, section
+from moe.evaluation.taken import pictures, texts
+from moe.files import AnyPath, describe, write_whole
+from moe.models import Batch, Variables, ViTConfig
+from moe.parallel import hosts
+
+# Title of a chart, and its lines: a key of metrics.jsonl and what it is called.
+_CURVES: tuple[tuple[str, dict[str, str]], ...] = (
+    ("Loss", {"train/loss": "training, all parts", "train/cross_entropy": "training", "test/loss": "test"}),
+    ("Accuracy", {"train/accuracy": "training", "test/accuracy": "test"}),
+    ("Bits per byte", {"test/bits_per_byte": "test"}),
+    ("Gradient norm", {"train/gradient_norm": "training"}),
+)
+_SPEEDS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("Examples per second", {"examples_per_second": "examples"}),
+    ("Tokens per second", {"tokens_per_second": "tokens"}),
+    ("Goodput and MFU", {"goodput": "goodput", "mfu": "MFU"}),
+)
+# Of every layer with experts, and what they are called.
+_LAYERS = {
+    "load_max_to_mean": "Largest load over the mean",
+    "dead_experts": "Experts without a token",
+    "entropy": "Entropy of the router, nats",
+    "overflow": "Share of choices dropped",
+    "experts_per_token": "Experts per token",
+}
+_MAIN = (
+    "seed",
+    "steps",
+    "batch_size",
+    "model.name",
+    "model.width",
+    "model.depth",
+    "model.moe_every",
+    "moe.num_experts",
+    "moe.expert_width",
+    "moe.dispatch",
+    "router.name",
+    "router.k",
+    "optimizer.learning_rate",
+    "data.name",
+)
+
+
+def write_report(
+    config: Config,
+    workdir: AnyPath,
+    variables: Variables,
+    batches: Iterable[Batch],
+    mesh: Mesh,
+    evaluation: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes report.html of the files in the workdir and of how the first examples of `batches` are routed.
+
+    Every process has to call it; the first writes. evaluation: measures of another evaluation than result.json's.
+    What can't be computed or written for want of space is said, and is no reason for a run to fail.
+    """
+    examples = None
+    try:
+        examples = trace_examples(config.model, config.moe, config.router, variables, next(iter(batches)), mesh)
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        hosts.say(f"the report shows no examples: {describe(error)}", error=True)
+    if not hosts.is_first():
+        return
+    try:
+        write_whole(workdir / "report.html", report_page(config, workdir, examples, evaluation))
+    except OSError as error:
+        hosts.say(f"{workdir / 'report.html'} can't be written: {describe(error)}", error=True)
+
+
+def report_page(
+    config: Config, workdir: AnyPath, examples: Examples | None, evaluation: Mapping[str, Any] | None = None
+) -> str:
+    """The page as HTML, of the workdir's JSON files and lines, where they exist."""
+    lines = read_lines(workdir / "metrics.jsonl")
+    names = layer_names(config)
+    result, stored = (_read_table(workdir / f"{name}.json") for name in ("result", "config"))
+    task = f"{name_of(config.router) or 'router'}, {config.data.name}"
+    return page(
+        f"{workdir.name}: {task}",
+        f"{config.steps} steps of {config.batch_size} examples, seed {config.seed}",
+        (
+            section("Result", facts(_short(result)) if result else ""),
+            section("Evaluation", facts(_short(evaluation)) if evaluation else ""),
+            section("Learning curves", _charts([*_curves(lines, _CURVES), *_own(lines)])),
+            section("Load of the experts", *_heat(read_lines(workdir / "load.jsonl"), config.moe.num_experts)),
+            section("Routing", _charts(_layer_charts(lines))),
+            section("What the experts take", _taken(config, examples, names), note=_NOTE),
+            section("Throughput", facts(_speed(lines)), _charts(_curves(lines, _SPEEDS))),
+            section(
+                "Config", facts(_main(stored)), details("All fields", json.dumps(stored, indent=2, sort_keys=True))
+            ),
+            section("Environment", facts(_read_table(workdir / "environment.json"))),
+        ),
+    )
+
+
+_NOTE = (
+    "The first examples of the test set as they are evaluated, a view for each layer with experts. The colour is that "
+    "of the expert with the largest weight; all are named under the pointer."
+)
+
+
+def layer_names(config: Config) -> list[str]:
+    """The layers with experts, called by the number of their block."""
+    model = config.model
+    if not model.moe_every:
+        return []
+    return [f"layer {index}" for index in range(model.dense_layers + model.moe_every - 1, model.depth, model.moe_every)]
+
+
+def read_lines(path: AnyPath) -> list[dict[str, Any]]:
+    """The tables in a file of one JSON a line; [] where there is no file, and without what a crash has cut off."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return []
+    lines = []
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
+            lines.append(value)
+    return lines
+
+
+def _read_table(path: AnyPath) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _series(lines: Sequence[Mapping[str, Any]], key: str, name: str, colour: int) -> Series:
+    points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
+    return Series(name, [step for step, _ in points], [value for _, value in points], colour)
+
+
+def _curves(lines: Sequence[Mapping[str, Any]], charts: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
+    return [
+        line_chart(title, [_series(lines, key, name, index) for index, (key, name) in enumerate(keys.items())])
+        for title, keys in charts
+    ]
+
+
+def _own(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The routers' weighted losses, and the size of the blocks' outputs."""
+    keys = dict.fromkeys(key for line in lines for key in line)
+    titles = {"router/": "Router losses, weighted", "blocks/": "Root mean square of the blocks' outputs"}
+    names = {prefix: [key for key in keys if key.startswith(prefix)] for prefix in titles}
+    short = {key: key.split("/")[1].replace("_", " ") for keys in names.values() for key in keys}
+    return _curves(lines, [(title, {key: short[key] for key in names[prefix]}) for prefix, title in titles.items()])
+
+
+def _layer_charts(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    keys = dict.fromkeys(key for line in lines for key in line if key.startswith("moe/layer_"))
+    charts = []
+    for metric, title in _LAYERS.items():
+        those = [key for key in keys if key.endswith(f"/{metric}")]
+        charts.append((title, {key: key.split("/")[1].replace("_", " ") for key in those}))
+    return _curves(lines, charts)
+
+
+def _heat(lines: Sequence[Mapping[str, Any]], num_experts: int) -> list[str]:
+    """Heat maps of the load over an even share; nothing where none was logged."""
+    tables = [line["load"] for line in lines if isinstance(line.get("load"), dict)]
+    names = list(tables[0]) if tables else []
+    steps, loads = [], []
+    for line, table in zip(lines, tables, strict=False):
+        try:
+            load = np.array([table[name] for name in names], np.float64)
+        except (KeyError, TypeError, ValueError):
+            continue
+        if load.shape == (len(names), num_experts) and load.size:
+            steps.append(line["step"])
+            loads.append(load * num_experts)
+    if not loads:
+        return []
+    stack = np.stack(loads)
+    called = [name.replace("_", " ") for name in names]
+    strips = [heat_strip(name, steps, stack[:, index]) for index, name in enumerate(called)]
+    return [
+        "<p>Share of the rows over an even share.</p>",
+        heat_scale(),
+        _charts([heat_slider(steps, stack, called), *strips]),
+    ]
+
+
+def _taken(config: Config, examples: Examples | None, names: Sequence[str]) -> str:
+    if examples is None:
+        return ""
+    if isinstance(config.model, ViTConfig):
+        return pictures(examples, names, config.model.patch_size, config.model.pooling == "class_token")
+    assert isinstance(config.data, TextConfig)
+    return texts(examples, names, open_tokenizer(config.data.tokenizer).decode)
+
+
+def _speed(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    found = {}
+    for key in ("examples_per_second", "tokens_per_second", "mfu"):
+        values = [line[key] for line in lines if isinstance(line.get(key), int | float)]
+        if values:
+            found[f"{key.replace('_', ' ')}, median"] = number(statistics.median(values))
+    last: Mapping[str, Any] = next((line for line in reversed(lines) if "time/elapsed_seconds" in line), {})
+    seconds = {key: value for key, value in last.items() if key.startswith("time/") and key.endswith("_seconds")}
+    seconds.pop("time/unix_seconds", None)
+    found |= {key.removeprefix("time/").replace("_", " "): f"{value:.1f}" for key, value in seconds.items()}
+    return found
+
+
+def _short(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in values.items()}
+
+
+def _main(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that one looks for first."""
+    found = {}
+    for path in _MAIN:
+        value: Any = stored
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if value is not None:
+            found[path] = value
+    return found
+
+
+def _charts(charts: Sequence[str]) -> str:
+    return f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""
