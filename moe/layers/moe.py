@@ -80,7 +80,8 @@ class MoeOutput(NamedTuple):
     """What an MoE layer returns.
 
     y: for every token the sum of its experts' outputs by combine weight, and of the shared experts'.
-    losses: the router's, weighted, means over groups; to be added to the training loss. metrics: those of `routing_metrics`, of this layer.
+    losses: the router's, weighted, means over groups; to be added to the training loss. metrics: those of
+    `routing_metrics`, of this layer.
     state: the router's after this step, for the next one.
     """
 
