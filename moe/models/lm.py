@@ -40,6 +40,7 @@ class LmConfig(ModelConfig):
 
     task = "text"
     scored = ("tokens", "targets", "segment", "position", "mask")
+    observed = scored
 
     activation: Activation = "swiglu"
     vocab_size: int = 257
@@ -107,6 +108,10 @@ class LmConfig(ModelConfig):
         integers = ("tokens", "targets", "segment", "position")
         batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in integers}
         return batch | {"loss_mask": jax.ShapeDtypeStruct(shape, jnp.bool_)}
+
+    def attributes(self, batch: Batch) -> dict[str, tuple[Int[Array, "B L"], int]]:
+        """See `ModelConfig`: a token's id, and its position in the row's document."""
+        return {"token": (batch["tokens"], self.vocab_size), "position": (batch["position"], self.length)}
 
 
 class LanguageModel(nnx.Module):

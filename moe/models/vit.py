@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe.layers.block import Blocks, BlocksOutput
 from moe.layers.moe import MoeConfig
@@ -34,6 +34,7 @@ class ViTConfig(ModelConfig):
 
     task = "image"
     scored = ("image", "mask")
+    observed = ("image", "mask", "label")
 
     image_size: tuple[int, ...] = (8, 8, 1)
     patch_size: int = 2
@@ -62,6 +63,13 @@ class ViTConfig(ModelConfig):
             "image": jax.ShapeDtypeStruct((batch_size, *self.image_size), jnp.float32),
             "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
         }
+
+    def attributes(self, batch: Batch) -> dict[str, tuple[Int[Array, "B L"], int]]:
+        """See `ModelConfig`: the class of a token's image, and its place there."""
+        shape = (len(batch["label"]), self.length)
+        class_BL = jnp.broadcast_to(batch["label"][:, None], shape)
+        position_BL = jnp.broadcast_to(jnp.arange(self.length, dtype=jnp.int32)[None], shape)
+        return {"class": (class_BL, self.num_classes), "position": (position_BL, self.length)}
 
     @property
     def length(self) -> int:
