@@ -134,8 +134,7 @@ def layer_sums(
 def observe(
     model: Model,
     config: ModelConfig,
-    variables: Variables,
-    other: Variables | None,
+    variables: tuple[Variables, Variables | None],
     batch: Batch,
     *,
     k: int | None,
@@ -144,8 +143,9 @@ def observe(
 ) -> tuple[RoutingSums, Changes | None]:
     """The sums of every MoE layer of a batch, from one forward pass; to be jitted.
 
-    With `other`, of another checkpoint, the same batch is routed by that as well, and compared token by token.
+    variables: of the checkpoint, and of another, or None; by that the batch is routed as well, to compare each token.
     """
+    own, other = variables
     attributes = config.attributes(batch)
 
     def look(observed: Observed) -> PyTree:
@@ -158,7 +158,7 @@ def observe(
     def run(variables: Variables, look: Look) -> Any:
         return model.method("observe")(variables, batch, mesh=mesh, look=look)
 
-    sums, now = run(variables, look)
+    sums, now = run(own, look)
     return sums, None if other is None else changes(run(other, look_only), now)
 
 

@@ -154,7 +154,7 @@ def run_vit(mesh_config: MeshConfig, devices: int, router: Router, size: int, mo
     run = functools.partial(routing.observe, model, VIT, k=router.k, num_experts=4, mesh=mesh)
     jitted = jax.jit(
         run,
-        in_shardings=(replicated(mesh), replicated(mesh), batch_sharding(mesh)),
+        in_shardings=(replicated(mesh), batch_sharding(mesh)),
         out_shardings=replicated(mesh),
         compiler_options=COMPILER_OPTIONS,
     )
@@ -163,7 +163,7 @@ def run_vit(mesh_config: MeshConfig, devices: int, router: Router, size: int, mo
         mask = np.arange(start, start + size) < 11
         rows = np.minimum(np.arange(start, start + size), 10)
         batch = {"image": images[rows] * mask[:, None, None, None], "label": labels[rows] * mask, "mask": mask}
-        part = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), jitted(first, other, batch))
+        part = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), jitted((first, other), batch))
         total = part if total is None else jax.tree.map(np.add, total, part)
     grams = np.asarray(routing.parameter_gram(first), np.float64)
     return routing.measure_layers(*(total[0], grams, total[1]), VIT.moe_blocks)
