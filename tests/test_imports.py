@@ -33,7 +33,7 @@ ORDER = [
     ["moe.config"],
     ["moe.workdir", "moe.cli"],
     ["moe.generate", "moe.convert"],
-    ["moe.initial", "moe.plan"],
+    ["moe.initial", "moe.plan", "moe.harness"],
     ["moe.watch"],
     ["train"],
     ["evaluate", "plan", "replay"],
