@@ -7,6 +7,7 @@ Tasks are those that the package has, most of which fetch their data, and those 
 data may be local files. Results are printed and written to harness.json of the workdir.
 """
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -19,9 +20,10 @@ import jax
 import numpy as np
 
 from moe import cli
+from moe.checkpoint import Checkpoints
 from moe.data.text import TextConfig
 from moe.data.tokenizer import Tokenizer, open_tokenizer
-from moe.files import open_path, write_whole
+from moe.files import describe, open_path, write_whole
 from moe.generate import Sampling, generate, make_decoder
 from moe.models import LmConfig
 from moe.parallel import hosts
@@ -262,12 +264,20 @@ def main(argv: Sequence[str]) -> None:
     from lm_eval.tasks import TaskManager
 
     names = arguments.tasks.split(",")
-    manager = TaskManager(include_path=arguments.include_path)
-    if missing := [name for name in names if not manager.match_tasks([name])]:
+    try:
+        manager = TaskManager(include_path=arguments.include_path)
+        missing = [name for name in names if not manager.match_tasks([name])]
+        if not missing:
+            manager.load(names)
+    except Exception as error:  # as many kinds as there are mistakes in a YAML file, and ways not to find data
+        raise cli.UsageError(f"tasks {arguments.tasks} can't be set up: {describe(error)}.") from error
+    if missing:
         raise cli.UsageError(f"there is no task {', '.join(missing)}: give its folder as --include-path.")
     with cli.usage_errors():
         workdir = open_path(arguments.workdir)
-        loaded = load_model(workdir, arguments.step, [*overrides, "moe.evaluation_capacity_factor=0"])
+        with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
+            step = checkpoints.choose(arguments.step)
+        loaded = load_model(workdir, step, [*overrides, "moe.evaluation_capacity_factor=0"])
         model = HarnessLM(loaded, arguments.batch_size)
         if notice := caution(loaded.config.model, loaded.config.moe, loaded.config.router):
             raise ValueError(notice)
@@ -282,7 +292,7 @@ def main(argv: Sequence[str]) -> None:
     results = found["results"]
     for name, measures in results.items():
         hosts.say(*(f"{name} {measure} {value}" for measure, value in measures.items() if measure != "alias"))
-    write_whole(workdir / "harness.json", json.dumps({"tasks": results}, indent=2, default=str) + "\n")
+    write_whole(workdir / "harness.json", json.dumps({"step": step, "tasks": results}, indent=2, default=str) + "\n")
 
 
 if __name__ == "__main__":

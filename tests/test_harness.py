@@ -183,7 +183,7 @@ output_type: KIND
 doc_to_text: "{{question}}"
 doc_to_target: "{{answer}}"
 """
-CHOICE = 'doc_to_choice: ["1", "2"]\nmetric_list: [{metric: acc}]\n'
+CHOICE = 'doc_to_choice: ["a", "b"]\nmetric_list: [{metric: acc}]\n'
 
 
 @pytest.mark.parity
@@ -205,7 +205,7 @@ def test_the_package_runs_a_local_task(kind: str, more: str, measure: str, lm: H
     from lm_eval.tasks import TaskManager
 
     assert isinstance(lm, lm_eval.api.model.LM)
-    docs = [{"question": f"{n}+1=", "answer": str(n % 2 + 1)} for n in range(5)]
+    docs = [{"question": f"{n}+1=", "answer": "ab"[n % 2]} for n in range(5)]
     data = tmp_path / "sums.jsonl"
     data.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     text = TASK.replace("DATA", str(data)).replace("KIND", kind) + more
@@ -218,9 +218,9 @@ def test_the_package_runs_a_local_task(kind: str, more: str, measure: str, lm: H
     found = lm_eval.simple_evaluate(model=lm, tasks=["sums"], task_manager=manager, bootstrap_iters=0)
     value = found["results"]["sums"][measure]
     if kind == "multiple_choice":
-        pairs = [[(doc["question"], f" {choice}") for choice in "12"] for doc in docs]
+        pairs = [[(doc["question"], f" {choice}") for choice in "ab"] for doc in docs]
         scores = [[score for score, _ in lm.loglikelihood(asked(*pair))] for pair in pairs]
-        assert value == np.mean([np.argmax(s) + 1 == int(d["answer"]) for s, d in zip(scores, docs, strict=True)])
+        assert value == np.mean(["ab"[np.argmax(s)] == d["answer"] for s, d in zip(scores, docs, strict=True)])
     elif kind == "loglikelihood_rolling":
         total = sum(lm.loglikelihood_rolling(asked(*((doc["question"],) for doc in docs))))
         size = sum(len(doc["question"]) for doc in docs)
