@@ -126,11 +126,10 @@ class Evaluation:
     def diagnose(self, variables: Variables) -> dict[str, Any]:
         """What routing.json holds: `moe.evaluation.routing.measure` of every layer, and the cost."""
         router, against = self.config.router, self.wanted.against
-        other = None if against is None else self.load(against)
         grams = np.asarray(self._parameter_gram(variables), np.float64)
         found = {}
         for name, observe in self._observes.items():
-            sums, changed = total(observe((variables, other), batch) for batch in self.batches)
+            sums, changed = total(observe((variables, self._other), batch) for batch in self.batches)
             found[name] = routing.measure_layers(sums, grams, changed, self.config.model.moe_blocks)
             tokens = float(sums.tokens[0])
         queues = {"factor": self.wanted.capacity_factor, "layers": found.get("test_capacity")}
@@ -144,6 +143,11 @@ class Evaluation:
             **({"capacity": queues} if self.wanted.capacity_factor else {}),
             "cost": self._cost(variables, found["test"]),
         }
+
+    @cached_property
+    def _other(self) -> Variables | None:
+        """The variables to compare with, read once: a run that goes on may remove them."""
+        return None if self.wanted.against is None else self.load(self.wanted.against)
 
     @cached_property
     def _observes(self) -> dict[str, Any]:
