@@ -92,9 +92,11 @@ class Checkpoints:
             raise CheckpointError(f"there are no checkpoints in {folder}: give the workdir of a training run.")
         if not is_remote(folder) and folder.is_dir():
             _check_links(Path(folder))
+        if keep is not None and self.folder.is_dir():
+            if hosts.is_first():
+                _remove_trash(self.folder)
+            self._set_unreadable_aside()
         self._manager = self._open()
-        if keep is not None and hosts.is_first():
-            _remove_trash(self.folder)
 
     def _open(self) -> ocp.CheckpointManager:
         reading = self._keep is None
@@ -107,6 +109,18 @@ class Checkpoints:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             # It reads what the steps say of themselves.
             raise CheckpointError(f"the checkpoints in {self.folder} can't be read: {describe(error)}.") from error
+
+    def _set_unreadable_aside(self) -> None:
+        """One step whose own note Orbax can't read would keep it from opening all of them."""
+        found = ocp.path.step.standard_name_format().find_all(self.folder)
+        unreadable = {step.step: reason for step in found if (reason := _unreadable(step))}
+        if len(unreadable) == len(found):
+            return
+        for step, reason in unreadable.items():
+            place = self.folder / str(step)
+            hosts.say(
+                f"checkpoint {place} can't be read ({reason}): it is set aside in {self._rename(step)}", error=True
+            )
 
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, oldest first."""
@@ -126,8 +140,9 @@ class Checkpoints:
     def save(self, step: int, state: PyTree, position: dict[str, Any]) -> None:
         """Starts to write `state` (arrays) and `position` (JSON); the copy from the devices is done on return.
 
-        The save before has to have been waited for. `wait` says whether this one succeeds.
+        The save before is waited for; `wait` says whether this one succeeds.
         """
+        self.wait()
         sums = checksums(state)
         arrays = {name: [list(leaf.shape), sums[name]] for name, leaf in name_leaves(state).items()}
         record = _sealed({"step": step, "position": position, "arrays": arrays})
@@ -194,6 +209,14 @@ class Checkpoints:
     def restore_variables(self, step: int, abstract_variables: PyTree) -> PyTree:
         """The model's variables alone, of a state that has them under that name; errors as `restore`."""
         return self._restore(step, {"variables": abstract_variables}, within="variables/")[1]["variables"]
+
+    def sums(self, step: int) -> dict[str, str]:
+        """The checksum of every array by its name (`moe.checksums`), none where they were not kept; errors as
+        `restore`.
+        """
+        with self._explained(step):
+            arrays = self._read_record(step).get("arrays", {})
+            return {name: total for name, (_, total) in arrays.items()}
 
     def _restore(self, step: int, abstract: PyTree, within: str = "") -> tuple[dict[str, Any], PyTree]:
         record: dict[str, Any] = {}
@@ -296,18 +319,21 @@ class Checkpoints:
         return None
 
     def set_aside(self, step: int) -> AnyPath:
-        """Moves a damaged checkpoint to the folder `damaged`, where it is no longer seen; returns its new place."""
-        target = self.folder / "damaged" / str(step)
+        """Renames a damaged checkpoint, so that it is no longer seen; returns its new place."""
+        target = self._rename(step)
+        self._manager.reload()
+        return target
+
+    def _rename(self, step: int) -> AnyPath:
+        target = self.folder / f"{step}.damaged"
         number = 1
         while target.exists():
             number += 1
-            target = self.folder / "damaged" / f"{step}-{number}"
+            target = self.folder / f"{step}.damaged-{number}"
         hosts.wait("every process knows where a damaged checkpoint goes")
         if hosts.is_first():
-            target.parent.mkdir(exist_ok=True)
             (self.folder / str(step)).rename(target)
         hosts.wait("a damaged checkpoint is set aside")
-        self._manager.reload()
         return target
 
     def close(self) -> None:
@@ -337,6 +363,15 @@ def _one_failure() -> Iterator[None]:
         raise
     finally:
         logger.disabled, sys.unraisablehook = False, hook
+
+
+def _unreadable(step: ocp.path.step.Metadata) -> str:
+    """Why Orbax can't read what it noted of a step, or ""."""
+    try:
+        step.commit_timestamp  # noqa: B018, it is read from the disk
+    except Exception as error:
+        return describe(error)
+    return ""
 
 
 def _check_links(folder: Path) -> None:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from moe.checkpoint import CheckpointError
+from moe.checksums import checksums
 from moe.config import Config, name_of
 from moe.convert.source import Source, SourceArray, VariablePath, name_variables, open_source
 from moe.files import open_path
@@ -95,7 +97,10 @@ def plan_initial(config: Config, abstract: Variables) -> Initial:
 
 
 def load_initial(initial: Initial, fresh: Variables) -> Variables:
-    """Reads what is to be read; `fresh`, of the run's shapes and shardings, gives the rest, and is used up."""
+    """Reads what is to be read; `fresh`, of the run's shapes and shardings, gives the rest, and is used up.
+
+    Raises CheckpointError where an array that is kept as a whole has changed since it was saved.
+    """
     key = jax.random.key(initial.config.seed)
 
     def load(keys: tuple, leaf: jax.Array, collection: str) -> jax.Array:
@@ -111,23 +116,44 @@ def load_initial(initial: Initial, fresh: Variables) -> Variables:
         leaf.delete()
         return arrays[0]
 
-    return Variables(
+    variables = Variables(
         *(
             jax.tree_util.tree_map_with_path(functools.partial(load, collection=collection), tree)
             for collection, tree in zip(Variables._fields, fresh, strict=True)
         )
     )
+    _compare(initial, variables)
+    return variables
+
+
+def _compare(initial: Initial, variables: Variables) -> None:
+    """Compares the checksums of arrays that are the source's own, row by row."""
+    source = initial.source
+    wholes = {}
+    for path, leaf in name_variables(variables).items():
+        array, parts = source.arrays.get(path), initial.parts[path]
+        is_whole = len(parts) == 1 and parts[0].kind == "kept" and parts[0].array is array
+        if is_whole and array is not None and array.shape == leaf.shape and parts[0].rows == parts[0].source_rows:
+            wholes[path] = leaf
+    names = {".".join(path): path for path in wholes}
+    found = checksums({name: wholes[path] for name, path in names.items()})
+    changed = [name for name, total in found.items() if source.sums.get(names[name], total) != total]
+    if changed:
+        raise CheckpointError(
+            f"{source.name} is damaged: {len(changed)} of its arrays have changed since it was written "
+            f"({', '.join(changed[:3])}): begin with another checkpoint."
+        )
 
 
 def describe(initial: Initial) -> Iterator[str]:
-    """What became of every parameter: a line for each kind, with all names of those that are not simply kept."""
+    """What became of every parameter: a line for each kind, with all names."""
     yield f"begins with {initial.source.name}"
     kinds: dict[str, list[Place]] = {"kept": [], "upcycled": [], "fresh": [], "dropped": initial.dropped}
     for parts in initial.parts.values():
         for part in parts:
             kinds[part.kind] += part.places
     for kind, places in kinds.items():
-        names = "" if kind == "kept" or not places else f": {_names(places)}"
+        names = f": {_names(places)}" if places else ""
         yield f"  {kind}: {len(places)} arrays{names}"
     yield from (f"  {note}" for note in _notes(initial))
 

@@ -39,15 +39,29 @@ ARRAYS: dict[str, Any] = {
 }
 
 
-def test_it_is_its_definition() -> None:
+def compiled(tree: Any) -> dict[str, str]:
+    """As on devices whose memory this process doesn't see."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moe.checksums._is_here", lambda x: False)
+        return checksums(tree)
+
+
+@pytest.mark.parametrize("checksums", [checksums, compiled], ids=["host", "devices"])
+def test_it_is_its_definition(checksums: Any) -> None:
     assert checksums(jax.tree.map(jnp.asarray, ARRAYS)) == {name: expected(array) for name, array in ARRAYS.items()}
+
+
+def test_large_arrays_are_taken_in_parts() -> None:
+    x = jax.random.normal(jax.random.key(0), (3, 70_001))
+    assert checksums({"x": x}) == compiled({"x": x})
 
 
 def test_layout_over_devices_does_not_matter() -> None:
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     for spec in (("a", "b"), (("a", "b"), None), (None, "b")):
         x = jax.device_put(ARRAYS["float32"], NamedSharding(mesh, PartitionSpec(*spec)))
-        assert checksums({"x": {"y": x}}) == {"x/y": expected(ARRAYS["float32"])}
+        for way in (checksums, compiled):
+            assert way({"x": {"y": x}}) == {"x/y": expected(ARRAYS["float32"])}
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

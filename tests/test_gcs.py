@@ -164,6 +164,29 @@ def test_checkpoints_move_to_another_mesh(server: GcsServer, folder: epath.Path)
     checkpoints.close()
 
 
+def test_a_damaged_checkpoint_is_set_aside_on_a_bucket_too(
+    server: GcsServer, folder: epath.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sharding = laid({"expert": 8}, "expert")
+    checkpoints = Checkpoints(folder, keep=3)
+    for step in (1, 2):
+        checkpoints.save(step, state(step, sharding), {"examples": step})
+    checkpoints.wait()
+    for name in server.names("bucket", f"{folder.name}/2/state/"):
+        if "/d/" in name:
+            data, _ = server.get("bucket", name)
+            server.put("bucket", name, data[: len(data) // 2], {})
+    restored = checkpoints.restore_newest(abstract(sharding))
+    assert restored is not None
+    assert restored[1] == {"examples": 1}
+    np.testing.assert_array_equal(restored[0]["variables"]["w"], state(1, sharding)["variables"]["w"])
+    assert f"it is set aside in {folder}/2.damaged" in capsys.readouterr().err
+    assert checkpoints.steps() == complete_steps(folder) == [1]
+    assert server.names("bucket", f"{folder.name}/2.damaged/state/") != []
+    assert server.names("bucket", f"{folder.name}/2/") == []
+    checkpoints.close()
+
+
 def test_a_save_that_is_cut_off_is_not_seen(server: GcsServer, folder: epath.Path) -> None:
     """By a refusal to write the arrays, or by the end of the process before the last file says that it's whole."""
     sharding = laid({"expert": 8}, "expert")

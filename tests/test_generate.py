@@ -16,6 +16,7 @@ from moe import config as config_lib
 from moe.checkpoint import Checkpoints
 from moe.data.tokenizer import Bytes
 from moe.generate import Sampling, encode_prompts, sample
+from moe.guard import GuardConfig, init_guard
 from moe.models import LmConfig, Model, make_model
 from moe.parallel.mesh import MeshConfig, make_mesh
 from moe.workdir import load_model
@@ -171,7 +172,8 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = ml_collections.ConfigDict(TABLE)
     (folder / "config.json").write_text(config_lib.to_json(table))
     key = jax.random.key(0)
-    state = train.TrainState(jnp.int32(7), fresh_model().init(key), {"of": jnp.ones(3)}, jax.random.key_data(key))
+    variables, guard = fresh_model().init(key), init_guard(GuardConfig())
+    state = train.TrainState(jnp.int32(7), variables, {"of": jnp.ones(3)}, guard, jax.random.key_data(key))
     checkpoints = Checkpoints(folder / "checkpoints", keep=1)
     checkpoints.save(7, state, {})
     checkpoints.close()

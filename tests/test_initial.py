@@ -15,7 +15,7 @@ import pytest
 
 from moe import config as config_lib
 from moe import initial
-from moe.checkpoint import CheckpointError, Checkpoints
+from moe.checkpoint import CheckpointError, Checkpoints, _sealed
 from moe.convert.convert import make_table, open_hf
 from moe.convert.source import Source, SourceArray, name_variables, open_source
 from moe.models import Variables, make_model
@@ -218,7 +218,9 @@ def test_the_report_names_every_parameter(folder: Path) -> None:
     lines = report(plan).splitlines()
     assert lines == [
         f"begins with {folder / 'digits-dense' / 'checkpoints' / '7'}",
-        "  kept: 34 arrays",
+        "  kept: 34 arrays: attention.w_in, attention.w_out, attention_norm.bias, attention_norm.scale, f_norm.bias, "
+        "f_norm.scale of blocks 0 to 3; f.weights.w_in, f.weights.w_out of blocks 0, 2; head.bias, head.kernel, "
+        "norm.bias, norm.scale, position, w_patch",
         "  upcycled: 4 arrays: f.experts.w_in, f.experts.w_out of blocks 1, 3",
         "  fresh: 2 arrays: f.w_gate of blocks 1, 3",
         "  dropped: 0 arrays",
@@ -231,7 +233,8 @@ def test_another_router_keeps_the_gate_if_it_is_as_wide(folder: Path) -> None:
     source = folder / "digits-moe"
     table = make_config("digits", "router.name=sparse_topk")
     plan, variables = begin(table, source)
-    assert "  kept: 40 arrays\n  upcycled: 0 arrays\n  fresh: 0 arrays\n  dropped: 0 arrays" in report(plan)
+    assert "  kept: 40 arrays: " in report(plan)
+    assert "\n  upcycled: 0 arrays\n  fresh: 0 arrays\n  dropped: 0 arrays" in report(plan)
     config_lib.override(table, ["router.name=softmax"])
     np.testing.assert_array_equal(logits_of(table, variables), source_logits(source))
     plan, _ = begin(make_config("digits", "router.name=soft"), source)
@@ -337,6 +340,20 @@ def test_one_of_several_checkpoints(folder: Path, tmp_path: Path) -> None:
 def test_what_does_not_fit(path: str, overrides: list[str], words: str, folder: Path) -> None:
     with pytest.raises(ValueError, match=words):
         begin(make_config("digits", *overrides), folder / path)
+
+
+def test_arrays_that_have_changed_since_they_were_saved_are_named(folder: Path, tmp_path: Path) -> None:
+    """The record of one checkpoint beside the arrays of another, as all of them can be read."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(folder / "digits-dense", run)
+    save(other, make_config("digits", DENSE), step=9)
+    place = Path("data") / "metadata"
+    record = json.loads((other / "checkpoints" / "9" / place).read_text())
+    (run / "checkpoints" / "7" / place).write_text(json.dumps(_sealed({**record, "step": 7})))
+    with pytest.raises(
+        CheckpointError, match=r"7 is damaged: \d+ of its arrays have changed since it was written \(par"
+    ):
+        begin(make_config("digits"), run)
 
 
 def test_what_cannot_be_read(folder: Path, tmp_path: Path) -> None:

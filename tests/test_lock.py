@@ -61,7 +61,7 @@ def test_a_lock_ends_with_its_process_and_not_with_its_children(tmp_path: Path) 
 def leased(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A workdir as on a bucket, where files can't be locked, and leases are short."""
     monkeypatch.setattr(lock, "is_remote", lambda path: True)
-    monkeypatch.setattr(lock, "_LEASE", 1.0)
+    monkeypatch.setattr(lock, "_LEASE", 20.0)
     monkeypatch.setattr(lock, "_RENEWAL", 0.2)
     return tmp_path
 
@@ -76,7 +76,8 @@ def test_a_lease_that_is_renewed_is_respected(leased: Path, monkeypatch: pytest.
     assert list(leased.iterdir()) == []
 
 
-def test_a_lease_whose_owner_died_is_taken_over(leased: Path) -> None:
+def test_a_lease_whose_owner_died_is_taken_over(leased: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "_LEASE", 1.0)
     (leased / "run.lock").write_text(json.dumps({"host": "elsewhere", "pid": 1, "renewed": 3}))
     begin = time.monotonic()
     WorkdirLock(leased).close()

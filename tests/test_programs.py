@@ -295,14 +295,28 @@ def test_evaluating_what_is_not_there(tmp_path: Path, copied: Path, capsys: pyte
     mistake(capsys, run_evaluate(copied), cli.FAILURE, "no checkpoints")
 
 
-def test_a_damaged_checkpoint_is_reported_with_the_others(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = [path for path in (copied / "checkpoints" / "6" / "state").rglob("*") if path.is_file()]
-    for path in data:
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    capsys.readouterr()
+def damage(checkpoint: Path) -> None:
+    for path in (checkpoint / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
+    finished: Path, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(copied / "checkpoints" / "6")
     mistake(capsys, run_evaluate(copied), cli.FAILURE, "checkpoints/6", "other steps here are 3")
-    mistake(capsys, run_train(copied), cli.FAILURE, "checkpoints/6", "other steps here are 3")
     assert not (copied / "evaluation.json").exists()
+    assert run_train(copied) == 0
+    output = capsys.readouterr()
+    assert f"the other steps here are 3: it is set aside in {copied / 'checkpoints' / '6.damaged'}" in output.err
+    assert "resuming from step 3" in output.out
+    assert read(copied / "result.json") == read(finished / "result.json")
+    for step in (3, 6):
+        damage(copied / "checkpoints" / str(step))
+    before = sorted(path.name for path in (copied / "checkpoints").iterdir())
+    mistake(capsys, run_train(copied), cli.FAILURE, "all 2 checkpoints of", "are damaged, and left as they are")
+    assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == before
 
 
 def test_help_lists_configs_and_routers_and_a_real_process_exits_with_a_sentence(tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def test_the_schedule_counts_steps_and_minutes(clock: Clock, make_run: Any) -> N
     # Six steps take two minutes, and only even ones are looked at.
     assert due == [6, 10, 16, 20, 26, 30]
     assert run.saves.is_due(40, False)
+    run.checkpoints.wait()
     run = make_run(every=0)
     assert not any(run.saves.is_due(step, True) for step in range(1, 2000))
 

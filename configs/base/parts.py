@@ -14,7 +14,7 @@ def new_config(**changes: Any) -> ml_collections.ConfigDict:
         "loss": "softmax",
         "init_from": "",
         "compiler": {"preset": "default", "options": (), "cache": ""},
-        "guard": {"spike": 0.0, "window": 128, "abort_after": 10},
+        "guard": {"spike": 10.0, "window": 128, "abort_after": 10},
         "watchdog_minutes": 30.0,
         "upcycle": {"method": "copy", "noise": 0.0, "drop": 0.0, "output_scale": 1.0},
     }

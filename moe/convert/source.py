@@ -34,13 +34,14 @@ class SourceArray(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A stored model. name: what messages call it."""
+    """A stored model. name: what messages call it. sums: checksums of its arrays, where they are known."""
 
     name: str
     model: ModelConfig
     moe: MoeConfig
     router: Router
     arrays: Mapping[VariablePath, SourceArray]
+    sums: Mapping[VariablePath, str]
 
 
 def open_source(path: AnyPath) -> Source:
@@ -75,7 +76,13 @@ def name_variables(variables: Any) -> dict[VariablePath, Any]:
 def _open_workdir(workdir: AnyPath, step: int | None) -> Source:
     config = config_lib.resolve(read_config(workdir))
     checkpoints = Checkpoints(workdir / "checkpoints")
-    folder = workdir / "checkpoints" / str(checkpoints.choose(step))
+    chosen = checkpoints.choose(step)
+    folder = workdir / "checkpoints" / str(chosen)
+    sums = {
+        tuple(name.split("/")[1:]): total
+        for name, total in checkpoints.sums(chosen).items()
+        if name.startswith("variables/")
+    }
     checkpoints.close()
     stored = StoredVariables(folder / "state")
     model = make_model(config.model, config.moe, config.router)
@@ -88,13 +95,13 @@ def _open_workdir(workdir: AnyPath, step: int | None) -> Source:
                 f"{leaf.shape}."
             )
         arrays[path] = SourceArray(array.shape, _reader_of_stored(array))
-    return Source(str(folder), config.model, config.moe, config.router, arrays)
+    return Source(str(folder), config.model, config.moe, config.router, arrays, sums)
 
 
 def _open_hf(folder: Path) -> Source:
     settings, tensors, leaves = open_hf(folder)
     arrays = {("params", *leaf.path): SourceArray(leaf.shape, _reader_of_leaf(tensors, leaf)) for leaf in leaves}
-    return Source(str(folder), settings.model, settings.moe, settings.router, arrays)
+    return Source(str(folder), settings.model, settings.moe, settings.router, arrays, {})
 
 
 def _reader_of_stored(array: Any) -> Callable[[Sequence[np.ndarray]], np.ndarray]:

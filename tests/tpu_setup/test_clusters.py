@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from moe import cli
+from moe.watchdog import STUCK
 from tests.tpu_setup.conftest import REPOSITORY
 
 FOLDER = REPOSITORY / "tpu_setup"
@@ -47,7 +48,7 @@ def test_the_jobset_restarts_what_a_new_start_mends() -> None:
 def test_skypilot_recovers_what_a_new_start_mends() -> None:
     task = load("skypilot.yaml")
     recovery = task["resources"]["job_recovery"]
-    assert recovery["recover_on_exit_codes"] == [cli.STOPPED]
+    assert recovery["recover_on_exit_codes"] == [STUCK, cli.STOPPED]
     assert recovery["max_restarts_on_errors"] == 0
     assert shlex.split(task["run"].splitlines()[-1])[:3] == ["exec", ".venv/bin/python", "train.py"]
 
@@ -87,6 +88,6 @@ def test_skypilot_accepts_the_task() -> None:
     task = sky.Task.from_yaml_config({**table, "envs": {**table["envs"], "WORKDIR": "gs://b/runs/x"}})
     (resources,) = task.resources
     assert resources.use_spot
-    assert resources.job_recovery["recover_on_exit_codes"] == [cli.STOPPED]
+    assert resources.job_recovery["recover_on_exit_codes"] == [STUCK, cli.STOPPED]
     with pytest.raises(ValueError, match="WORKDIR"):
         sky.Task.from_yaml_config(table)
