@@ -33,7 +33,7 @@ from moe.guard import GuardState, init_guard, judge, keep_unless
 from moe.initial import Initial, describe, load_initial, plan_initial
 from moe.layers.moe import group_count
 from moe.metrics import Clock, MetricsWriter, Progress, flatten, layer_loads, params_sha256, per_layer, write_json
-from moe.models import Batch, Model, ModelConfig, Objective, Variables, make_model
+from moe.models import Batch, Model, Objective, Variables, make_model
 from moe.optim import make_optimizer
 from moe.parallel import hosts
 from moe.parallel.mesh import (
@@ -74,13 +74,15 @@ class TrainState(NamedTuple):
 class Step(NamedTuple):
     """The programs of a run, jitted for its mesh.
 
-    init(key) -> state, born sharded. train(state, batch) -> state, metrics. predict(variables, batch) -> scores, for
-    evaluation, of a batch that every process has whole. loop: `train` for a run of many steps, see `Loop`.
+    model: what they are made of. init(key) -> state, born sharded. train(state, batch) -> state, metrics.
+    predict(variables, batch) -> scores, for evaluation, of a batch that every process has whole. loop: `train` for a
+    run of many steps, see `Loop`.
     compiler_options: what `train` is best compiled with, `.lower(…).compile(compiler_options)`.
     gradients(state, batch) -> gradient, (metrics, router state): what `train` applies, not jitted.
     abstract_state, abstract_batch: shapes, types and shardings of what `train` takes.
     """
 
+    model: Model
     init: Any
     train: Any
     loop: Loop
@@ -173,12 +175,13 @@ def make_step(config: Config, mesh: Mesh) -> Step:
     device = mesh.devices.flat[0]
     apart = device.platform == "cpu" and not config.model.scan_layers
     return Step(
+        model=model,
         init=jax.jit(init, out_shardings=shardings),
         train=jitted(abstract),
         loop=make_loop(jitted, abstract, model.axes.params, optimizer, apart=apart),
         compiler_options=compiler_options(config.compiler, device),
         gradients=gradients,
-        predict=make_predict(model, config.model.scored, shardings.variables, mesh),
+        predict=make_predict(model.score, config.model.scored, shardings.variables, mesh),
         abstract_state=abstract,
         abstract_batch=jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows),
@@ -188,16 +191,20 @@ def make_step(config: Config, mesh: Mesh) -> Step:
 
 
 def make_predict(
-    model: Model, names: Sequence[str], shardings: Variables, mesh: Mesh
-) -> Callable[[Variables, Batch], PyTree]:
-    """`Step.predict`: a model's scores from the named arrays of a batch, of which each process takes its rows."""
+    function: Callable[..., PyTree], names: Sequence[str], shardings: PyTree, mesh: Mesh
+) -> Callable[[PyTree, Batch], PyTree]:
+    """`Step.predict`, or another function(variables, batch, mesh=…) of an evaluation batch, jitted.
 
-    def score(variables: Variables, batch: Batch) -> PyTree:
-        return model.score(variables, batch, mesh=mesh)
+    It is given the named arrays of the batch, of which each process takes its rows, and every process has its result.
+    shardings: of the variables.
+    """
 
-    jitted = jax.jit(score, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh))
+    def run(variables: PyTree, batch: Batch) -> PyTree:
+        return function(variables, batch, mesh=mesh)
 
-    def predict(variables: Variables, batch: Batch) -> PyTree:
+    jitted = jax.jit(run, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh))
+
+    def predict(variables: PyTree, batch: Batch) -> PyTree:
         rows = np.array(local_rows(mesh, len(batch["mask"])))
         return jitted(variables, to_devices({name: np.asarray(batch[name])[rows] for name in names}, names, mesh))
 
@@ -269,7 +276,7 @@ def train(
     profile, rates = Profile(profile_steps, workdir / "profile"), Rates(config, step, mesh, start)
     saves = Saves(checkpoints, config.checkpoint, start if is_resumed else None)
     watch = Watch(config, workdir, examples.indices)
-    test: dict[str, float] = {}
+    blocks, test = config.model.moe_blocks, dict[str, float]()
     is_stopping, gave_up = False, ""
     clock.resume(writer.last)
     with hosts.StopSignal() as stop, Watchdog(config.watchdog_minutes, workdir) as watchdog:
@@ -290,7 +297,7 @@ def train(
                 metrics = jax.device_get(metrics)
                 values = log_values(metrics, config) | rates.since_last(index) | clock.values()
                 values |= {"data/skipped": examples.skipped} if examples.skipped else {}
-                writer.write(index, values, layer_loads(metrics["moe"], *moe_layers(config.model)))
+                writer.write(index, values, layer_loads(metrics["moe"], blocks.start, blocks.step))
                 progress.log(index, values["train/loss"], values["examples_per_second"])
                 gave_up = watch.look(values)
             if is_stopping or gave_up:
@@ -387,24 +394,24 @@ class Rates:
         return values | ({"mfu": steps_per_second * self._flops / self._peak} if self._peak else {})
 
 
+def is_measure(name: str) -> bool:
+    """Whether a key of result.json is a measure of the test set, and not an end of its interval."""
+    return name.startswith("test/") and not name.endswith(("_low", "_high"))
+
+
 def is_due(step: int, every: int, last: int) -> bool:
     """Every so many steps, and after the last; only then if `every` is 0."""
     return step == last or (every > 0 and step % every == 0)
 
 
-def moe_layers(model: ModelConfig) -> tuple[int, int]:
-    """The number of the first block with experts, and from how many on the next one has."""
-    return model.dense_layers + model.moe_every - 1, model.moe_every
-
-
 def log_values(metrics: dict[str, Any], config: Config) -> dict[str, float]:
     """One flat table: train/…, router/… (weighted losses, added up over layers), moe/layer_N/…."""
-    first, every = moe_layers(config.model)
+    blocks = config.model.moe_blocks
     return {
         **flatten(metrics["train"], "train"),
         **flatten(metrics["router"], "router"),
         **flatten(metrics["guard"], "guard"),
-        **flatten(per_layer(metrics["moe"], first, every), "moe"),
+        **flatten(per_layer(metrics["moe"], blocks.start, blocks.step), "moe"),
         **flatten(per_layer(metrics["blocks"], first=0, every=1), "blocks"),
     }
 
@@ -426,7 +433,7 @@ def main(argv: Sequence[str]) -> None:
         profile_steps = parse_steps(arguments.profile_steps) if arguments.profile_steps else range(0)
         hosts.initialize()
     result = train(config, table, workdir, profile_steps)
-    tests = (f"{name.replace('/', ' ')} {value:.4f}" for name, value in result.items() if name.startswith("test/"))
+    tests = (f"{name.replace('/', ' ')} {value:.4f}" for name, value in result.items() if is_measure(name))
     hosts.say(
         ", ".join(tests),
         f"checkpoint: {workdir / 'checkpoints' / str(result['step'])}",

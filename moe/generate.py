@@ -8,7 +8,8 @@ Several prompts are continued together, each as if it were alone. The first appe
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,19 @@ def sample(logits_BV: Float[Array, "B V"], keys_B: Key[Array, "B"], sampling: Sa
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
 
+def make_decoder(model: Model, mesh: Mesh, sampling: Sampling, vocab_size: int) -> Callable[..., Any]:
+    """The program of `generate`, which compiles once for each size of prompts and caches."""
+    decode = model.method("decode")
+
+    @functools.partial(jax.jit, donate_argnames="caches")
+    def step(variables, tokens_BL, position_BL, mask_BL, caches, index, keys_B):  # type: ignore[no-untyped-def]
+        logits_BV, caches = decode(variables, tokens_BL, position_BL, mask_BL, caches, mesh=mesh)
+        keys_now_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
+        return sample(logits_BV[:, :vocab_size], keys_now_B, sampling), caches
+
+    return step
+
+
 def generate(
     model: Model,
     variables: Variables,
@@ -72,34 +86,32 @@ def generate(
     seed: int,
     mesh: Mesh,
     tokenizer: Tokenizer,
+    decoder: Callable[..., Any] | None = None,
+    width: int = 0,
 ) -> Iterator[Int[np.ndarray, "B"]]:
     """Yields the next token of every prompt, `max_tokens` times or until all texts have ended; after its end, the end.
 
     Prompts may differ in length: each token's keys and values lie in the cache at the index of its position. A prompt's
     noise depends on the seed and its place among the prompts. Only tokens that the tokenizer has are drawn.
+    decoder: what `make_decoder` made for the same model, mesh, sampling and tokenizer. width: at least so many tokens
+    are made room for in front, so that prompts of many lengths run in one program.
     """
     lengths = np.array([len(prompt) for prompt in prompts])
     rows = -(-len(prompts) // batch_shards(mesh)) * batch_shards(mesh)
-    tokens_BL, mask_BL = np.zeros((rows, lengths.max()), np.int32), np.zeros((rows, lengths.max()), bool)
+    width = max(width, int(lengths.max()))
+    tokens_BL, mask_BL = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
     for row, prompt in enumerate(prompts):
         tokens_BL[row, : len(prompt)], mask_BL[row, : len(prompt)] = prompt, True
-    position_BL = np.broadcast_to(np.arange(lengths.max(), dtype=np.int32), tokens_BL.shape)
+    position_BL = np.broadcast_to(np.arange(width, dtype=np.int32), tokens_BL.shape)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(rows))
-    decode = model.method("decode")
-
-    @functools.partial(jax.jit, donate_argnames="caches")
-    def step(variables, tokens_BL, position_BL, mask_BL, caches, index):  # type: ignore[no-untyped-def]
-        logits_BV, caches = decode(variables, tokens_BL, position_BL, mask_BL, caches, mesh=mesh)
-        keys_now_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
-        return sample(logits_BV[:, : tokenizer.vocab_size], keys_now_B, sampling), caches
-
-    caches = model.method("make_caches")(variables, rows, int(lengths.max()) + max_tokens)
+    step = decoder or make_decoder(model, mesh, sampling, tokenizer.vocab_size)
+    caches = model.method("make_caches")(variables, rows, width + max_tokens)
     real_B = np.arange(rows) < len(prompts)
     next_B = np.zeros(rows, np.int32)
     next_B[real_B] = lengths
     ended_B = ~real_B
     for index in range(max_tokens):
-        token_B, caches = step(variables, tokens_BL, position_BL, mask_BL, caches, index)
+        token_B, caches = step(variables, tokens_BL, position_BL, mask_BL, caches, index, keys_B)
         shown_B = np.where(ended_B, tokenizer.end, token_B)
         yield shown_B[real_B]
         ended_B = ended_B | (shown_B == tokenizer.end)

@@ -12,6 +12,7 @@ Letters (`logits_TE` has shape [T, E]; jaxtyping signatures use the same letters
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -113,3 +114,20 @@ class Routed(NamedTuple):
 
 
 Keys: TypeAlias = Key[Array, "b"]
+
+
+class Observed(NamedTuple):
+    """What an MoE layer did with the tokens of a batch, in G groups of T; tokens in the batch's own order.
+
+    routing: what the router returned, leaves with a leading axis G. logits: the gate's. mask: False marks padding.
+    kept: choices of each group that found a place.
+    """
+
+    routing: Assignments | Slots
+    logits: Float[Array, "G T X"]
+    mask: Bool[Array, "G T"]
+    kept: Int[Array, "G"]
+
+
+# What is to be known of each MoE layer's routing, computed where it happens, inside the compiled forward pass.
+Look: TypeAlias = Callable[[Observed], PyTree]

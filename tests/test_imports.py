@@ -35,7 +35,7 @@ ORDER = [
     ["moe.config"],
     ["moe.workdir", "moe.cli", "moe.evaluation.report"],
     ["moe.generate", "moe.convert", "moe.inspection"],
-    ["moe.initial", "moe.plan", "moe.compare"],
+    ["moe.initial", "moe.plan", "moe.compare", "moe.harness"],
     ["moe.watch"],
     ["train"],
     ["evaluate", "plan", "replay", "compare"],

@@ -147,10 +147,22 @@ def test_processes_agree_that_a_checkpoint_is_damaged(alone: Path, tmp_path: Pat
 
 
 def test_evaluation_is_the_same_on_two_processes(alone: Path) -> None:
-    finish(start(alone, 2, 2, "--config.mesh.data=1", "--config.mesh.expert=4", program="evaluate.py"))
+    more = ["--diagnostics", "--capacity-factor=1", "--few-shot"]
+    finish(start(alone, 2, 2, "--config.mesh.data=1", "--config.mesh.expert=4", *more, program="evaluate.py"))
     result, evaluation = (json.loads((alone / name).read_text()) for name in ("result.json", "evaluation.json"))
-    assert evaluation.pop("test/loss") == pytest.approx(result.pop("test/loss"), rel=1e-6)
+    assert evaluation.pop("capacity_factor") == 1
+    queued = {name for name in evaluation if name.startswith("test_capacity/")}
+    assert len(queued) == len([name for name in result if name.startswith("test/")])
+    for name in queued:
+        del evaluation[name]
+    measured = {name for name in result if name.startswith("test/") and name != "test/accuracy"}
+    assert {name: evaluation.pop(name) for name in measured} == pytest.approx(
+        {name: result.pop(name) for name in measured}, rel=1e-6
+    )
     assert evaluation == result
+    routing, probe = (json.loads((alone / name).read_text()) for name in ("routing.json", "few_shot.json"))
+    assert list(routing["layers"]) == list(routing["capacity"]["layers"]) == ["layer_0", "layer_1"]
+    assert all(found["accuracy"] > 0.3 for found in probe["shots"].values())
 
 
 def test_a_signal_costs_no_step_and_no_bit(alone: Path, tmp_path: Path, record: Callable[..., None]) -> None:

@@ -76,6 +76,13 @@ def test_train_evaluate_and_generate(config: str, tmp_path: Path, capsys: pytest
     assert "cat" in page.text
     assert run(evaluate, f"--workdir={workdir}") == 0
     assert json.loads((workdir / "evaluation.json").read_text()) == result
+    assert result["test/loss_low"] <= result["test/loss"] <= result["test/loss_high"]
+    assert run(evaluate, f"--workdir={workdir}", "--diagnostics") == 0
+    routing = json.loads((workdir / "routing.json").read_text())
+    assert routing["tokens"] == size + 2
+    assert set(routing["layers"]["layer_0"]["mutual_information"]) == {"token", "position"}
+    assert run(evaluate, f"--workdir={workdir}", "--few-shot") == cli.USAGE
+    assert "this is a language model" in capsys.readouterr().err
     capsys.readouterr()
     assert run(generate, f"--workdir={workdir}", "--prompt=The", "--prompt=", "--max-tokens=4", "--top-k=5") == 0
     assert capsys.readouterr().out.startswith("The")

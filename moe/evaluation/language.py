@@ -1,10 +1,11 @@
-"""Loss, bits per byte, perplexity and accuracy of a language model over a whole set."""
+"""Measures of a language model over a whole set."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
+from moe.evaluation.measures import Predictions, summarize, unit_rows
 from moe.ops.vocabulary import Scores
 from moe.types import PyTree
 
@@ -12,26 +13,25 @@ from moe.types import PyTree
 def evaluate(
     predict: Callable[[PyTree, dict[str, Any]], Scores], variables: PyTree, batches: Iterable[dict[str, Any]]
 ) -> dict[str, float]:
-    """{"accuracy", "loss", "bits_per_byte", "perplexity"} over the targets that `mask` and `loss_mask` keep.
+    """{"accuracy", "loss", "bits_per_byte", "perplexity", "top5_accuracy", "ece"} over the targets that count.
 
-    loss: mean cross-entropy of a token, in nats. bits_per_byte: the sum of all in bits over the bytes that the targets
-    stand for, so that tokenizers compare; perplexity: exp(loss). All are added up in float64. Raises ValueError if
-    there are no such targets.
+    Those are the targets that `mask` and `loss_mask` keep; `measures.measures` defines the measures. Their intervals
+    take documents for independent, not tokens. All are added up in float64. Raises ValueError if there are no such
+    targets.
     """
-    correct = nll = tokens = size = 0.0
+    rows, documents = [], []
     for batch in batches:
         scores = predict(variables, batch)
         keep_BL = batch["loss_mask"] & batch["mask"][:, None]
-        nll += np.asarray(scores.nll, np.float64)[keep_BL].sum()
-        correct += np.asarray(scores.correct)[keep_BL].sum()
-        tokens += keep_BL.sum()
-        size += batch["target_bytes"][keep_BL].sum(dtype=np.float64)
-    if not tokens or not size:
+        nll, correct, top5, confidence = (np.asarray(part) for part in scores)
+        rows.append(unit_rows(Predictions(nll, correct, top5, confidence, batch["target_bytes"], keep_BL)))
+        # A row is a window of one document.
+        documents.append(np.stack([batch["source"], batch["document"].max(axis=1)], axis=1))
+    all_rows = np.concatenate(rows) if rows else np.zeros((0, 5))
+    counts = all_rows[:, 0] > 0
+    if not counts.any() or not all_rows[:, 4].any():
         raise ValueError("the evaluation set is empty: nothing was measured.")
-    loss = float(nll / tokens)
-    return {
-        "accuracy": float(correct / tokens),
-        "loss": loss,
-        "bits_per_byte": float(nll / np.log(2) / size),
-        "perplexity": float(np.exp(loss)),
-    }
+    _, unit = np.unique(np.concatenate(documents)[counts], axis=0, return_inverse=True)
+    units = np.zeros((unit.max() + 1, all_rows.shape[1]))
+    np.add.at(units, unit, all_rows[counts])
+    return summarize(units, is_text=True)

@@ -16,7 +16,7 @@ from moe.layers.norm import make_norm
 from moe.layers.param import stack
 from moe.parallel.mesh import constrain_batch
 from moe.routers.base import Router
-from moe.types import Losses, Metrics, PyTree
+from moe.types import Look, Losses, Metrics, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +80,13 @@ class RouterOutputs(NamedTuple):
     """What the routers of a model return, each leaf with a leading axis over its MoE layers, first layer first.
 
     losses, metrics, state: as in `moe.layers.moe.MoeOutput`.
+    observed: what `look` made of each layer's routing; None without one.
     """
 
     losses: Losses
     metrics: Metrics
     state: PyTree
+    observed: PyTree = None
 
 
 class BlocksOutput(NamedTuple):
@@ -141,6 +143,7 @@ class Block(nnx.Module):
         mask: Bool[Array, "B"] | None,
         context: Context | None,
         cache: Cache | None,
+        look: Look | None,
     ) -> tuple[Float[Array, "B L D"], MoeOutput | None, Cache | None]:
         """The block's output, its MoE layer's where it has one, and the cache with these tokens."""
         attended_BLD, cache = self.attention(self.attention_norm(x_BLD), mesh, context, cache)
@@ -149,9 +152,9 @@ class Block(nnx.Module):
         if isinstance(self.f, Mlp):
             return constrain_batch(x_BLD + self.f(normed_BLD), mesh), None, cache
         if context is None:
-            output = self.f(normed_BLD, keys, mesh, mask)
+            output = self.f(normed_BLD, keys, mesh, mask, look=look)
         else:
-            output = self.f(normed_BLD, keys, mesh, context.mask_BL, context.ids_BL)
+            output = self.f(normed_BLD, keys, mesh, context.mask_BL, context.ids_BL, look)
         return constrain_batch(x_BLD + output.y, mesh), output, cache
 
 
@@ -179,17 +182,18 @@ class Period(nnx.Module):
         mask: Bool[Array, "B"] | None,
         context: Context | None,
         caches: list[Cache] | None,
+        look: Look | None,
     ) -> BlocksOutput:
         """Runs the blocks in order; `rms` is still the mean square of each example, [blocks, B]."""
         routers = RouterOutputs({}, {}, {})
         updated: list[Cache] = []
         squares: list[Array] = []
         for index, block in enumerate(self.blocks):
-            x, output, cache = block(x, keys, mesh, mask, context, None if caches is None else caches[index])
+            x, output, cache = block(x, keys, mesh, mask, context, None if caches is None else caches[index], look)
             if cache is not None:
                 updated.append(cache)
             if output is not None:
-                routers = RouterOutputs(output.losses, output.metrics, output.state)
+                routers = RouterOutputs(output.losses, output.metrics, output.state, output.observed)
             squares.append(jnp.mean(jnp.square(jax.lax.stop_gradient(x).astype(jnp.float32)), axis=(1, 2)))
         return BlocksOutput(x, routers, jnp.stack(squares), None if caches is None else updated)
 
@@ -218,15 +222,16 @@ class Blocks(nnx.Module):
         mask: Bool[Array, "B"] | None = None,
         context: Context | None = None,
         caches: Caches | None = None,
+        look: Look | None = None,
     ) -> BlocksOutput:
-        """Runs the blocks in order; see `Moe` for keys and mask."""
+        """Runs the blocks in order; see `Moe` for keys, mask and look."""
         leading, periods = caches or (None, None)
         squares: list[Array] = []
         if self.config.dense_layers:
-            first = self._run(self.leading, self.config.dense_layers, x, None, mesh, mask, context, leading)
+            first = self._run(self.leading, self.config.dense_layers, x, None, mesh, mask, context, leading, look)
             x, leading = first.x, first.caches
             squares.append(first.rms)
-        last = self._run(self.periods, self.config.num_periods, x, keys, mesh, mask, context, periods)
+        last = self._run(self.periods, self.config.num_periods, x, keys, mesh, mask, context, periods, look)
         # One sum over the devices for all blocks together.
         rms = jnp.sqrt(jnp.mean(jnp.concatenate([*squares, last.rms]), axis=1))
         return last._replace(rms=rms, caches=None if caches is None else (leading, last.caches))
@@ -253,6 +258,7 @@ class Blocks(nnx.Module):
         mask: Bool[Array, "B"] | None,
         context: Context | None,
         caches: list[Cache] | None,
+        look: Look | None,
     ) -> BlocksOutput:
         """Runs a stack of `count` periods; `rms` as `Period` gives it."""
         graph, state = nnx.split(periods)
@@ -261,7 +267,7 @@ class Blocks(nnx.Module):
             period_state, index, cache = scanned
             period: Period = nnx.merge(graph, period_state)
             layer_keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, index)
-            output = period(x, layer_keys, mesh, mask, context, cache)
+            output = period(x, layer_keys, mesh, mask, context, cache, look)
             return output.x, (output.routers, output.rms, output.caches)
 
         if self.config.remat != "none":

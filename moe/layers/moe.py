@@ -17,7 +17,19 @@ from moe.parallel.dispatch import dispatch, sorts_fast
 from moe.parallel.mesh import Axes
 from moe.routers.base import Router
 from moe.routers.metrics import routing_metrics
-from moe.types import GROUP_AXIS, BalanceScope, Keys, Layout, Losses, Metrics, PyTree, Routed, RouterInputs
+from moe.types import (
+    GROUP_AXIS,
+    BalanceScope,
+    Keys,
+    Layout,
+    Look,
+    Losses,
+    Metrics,
+    Observed,
+    PyTree,
+    Routed,
+    RouterInputs,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +95,14 @@ class MoeOutput(NamedTuple):
     losses: the router's, weighted, means over groups; to be added to the training loss. metrics: those of
     `routing_metrics`, of this layer.
     state: the router's after this step, for the next one.
+    observed: what `look` made of the routing; None without one.
     """
 
     y: Float[Array, "B L D"]
     losses: Losses
     metrics: Metrics
     state: PyTree
+    observed: PyTree = None
 
 
 class Moe(nnx.Module):
@@ -122,11 +136,13 @@ class Moe(nnx.Module):
         mesh: Mesh,
         mask: Bool[Array, "B"] | Bool[Array, "B L"] | None = None,
         ids_BL: Int[Array, "B L"] | None = None,
+        look: Look | None = None,
     ) -> MoeOutput:
         """Routes the examples in groups.
 
         keys: one per example in training, None in evaluation. mask: False marks padding, whole examples or tokens.
         ids_BL: token ids, for routers that look at them; where a model has none, positions stand in.
+        look: what to make of the routing, see `MoeOutput.observed`.
         Raises ValueError where the group size doesn't divide the batch.
         """
         num_examples, length, width = x_BLD.shape
@@ -181,6 +197,7 @@ class Moe(nnx.Module):
             losses={name: jnp.mean(value) for name, value in routed.losses.items()},
             metrics=jax.lax.stop_gradient(metrics),
             state=jax.tree.map(lambda leaf: jax.lax.stop_gradient(jnp.mean(leaf, axis=0)), routed.state),
+            observed=None if look is None else look(Observed(routed.routing, logits_GTX, mask_GT, kept_G)),
         )
 
     def _router_variables(self) -> tuple[PyTree, PyTree]:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from moe.layers.block import BlocksConfig, RouterOutputs
 
@@ -16,14 +16,26 @@ class ModelConfig(BlocksConfig):
     """The blocks of a model; each model adds what stands around them.
 
     task: what it learns from, see `moe.tasks`. scored: the arrays of an evaluation batch that its scores depend on.
+    observed: those that `observe` and `attributes` depend on.
     """
 
     task: ClassVar[str]
     scored: ClassVar[tuple[str, ...]]
+    observed: ClassVar[tuple[str, ...]]
 
     def train_batch(self, batch_size: int, data: Any) -> dict[str, jax.ShapeDtypeStruct]:
         """What a training batch holds; `data` is the config's."""
         raise NotImplementedError
+
+    def attributes(self, batch: Batch) -> dict[str, tuple[Int[Array, "B L"], int]]:
+        """What experts may specialise in: by name, a number of every token of an evaluation batch, below the second."""
+        raise NotImplementedError
+
+    @property
+    def moe_blocks(self) -> range:
+        """The blocks that have experts."""
+        every = self.moe_every
+        return range(self.dense_layers + every - 1, self.depth, every) if every else range(0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from moe.ops.rope import RopeScaling, Unscaled, rotation
 from moe.ops.vocabulary import Scores, Sums, VocabularyLoss, vocabulary_logits, vocabulary_loss, vocabulary_scores
 from moe.parallel.mesh import BATCH_AXES, batch_shards, constrain_batch
 from moe.routers.base import Router
+from moe.types import Look, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class LmConfig(ModelConfig):
 
     task = "text"
     scored = ("tokens", "targets", "segment", "position", "mask")
+    observed = scored
 
     activation: Activation = "swiglu"
     vocab_size: int = 257
@@ -107,6 +109,10 @@ class LmConfig(ModelConfig):
         batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in integers}
         return batch | {"loss_mask": jax.ShapeDtypeStruct(shape, jnp.bool_)}
 
+    def attributes(self, batch: Batch) -> dict[str, tuple[Int[Array, "B L"], int]]:
+        """See `ModelConfig`: a token's id, and its position in the row's document."""
+        return {"token": (batch["tokens"], self.vocab_size), "position": (batch["position"], self.length)}
+
 
 class LanguageModel(nnx.Module):
     """Embedding, pre-norm decoder blocks, norm, linear head."""
@@ -162,9 +168,16 @@ class LanguageModel(nnx.Module):
 
     def score(self, batch: Batch, *, mesh: Mesh) -> Scores:
         """The loss of every target and whether it is the likeliest; rows that the mask marks False are padding."""
-        segment_BL = jnp.where(batch["mask"][:, None], batch["segment"], 0)
-        hidden = self._hidden(batch["tokens"], batch["position"], segment_BL, None, mesh)
+        hidden = self._evaluated(batch, mesh)
         return vocabulary_scores(hidden.x, self._head(), batch["targets"], self._loss_settings(0.0))
+
+    def observe(self, batch: Batch, *, mesh: Mesh, look: Look) -> PyTree:
+        """What `look` makes of each MoE layer's routing as `score` runs, stacked over the layers."""
+        return self._evaluated(batch, mesh, look).routers.observed
+
+    def _evaluated(self, batch: Batch, mesh: Mesh, look: Look | None = None) -> BlocksOutput:
+        segment_BL = jnp.where(batch["mask"][:, None], batch["segment"], 0)
+        return self._hidden(batch["tokens"], batch["position"], segment_BL, None, mesh, look=look)
 
     def decode(
         self,
@@ -196,6 +209,7 @@ class LanguageModel(nnx.Module):
         keys: Key[Array, "B"] | None,
         mesh: Mesh,
         caches: Caches | None = None,
+        look: Look | None = None,
     ) -> BlocksOutput:
         """The normed output of the last block, and what else the blocks return."""
         length = tokens_BL.shape[1]
@@ -210,7 +224,7 @@ class LanguageModel(nnx.Module):
         context = Context(tokens_BL, Places(position_BL, segment_BL), cos_BLd, sin_BLd, segment_BL > 0)
         # The rows and not the table become the activations' type, so that its gradient adds up in float32.
         x_BLD = constrain_batch(self.embedding[...][tokens_BL].astype(jnp.dtype(self.config.dtype)), mesh)
-        blocks = self.blocks(x_BLD, keys, mesh, None, context, caches)
+        blocks = self.blocks(x_BLD, keys, mesh, None, context, caches, look)
         return blocks._replace(x=self.norm(blocks.x))
 
     def _head(self) -> Float[Array, "D V"]:

@@ -8,15 +8,16 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from moe.layers.block import Blocks
+from moe.layers.block import Blocks, BlocksOutput
 from moe.layers.moe import MoeConfig
 from moe.layers.norm import make_norm
 from moe.layers.param import axes, matrix
 from moe.models.base import Batch, LossOutput, ModelConfig, ModelOutput, Objective
 from moe.parallel.mesh import constrain_batch
 from moe.routers.base import Router
+from moe.types import Look, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class ViTConfig(ModelConfig):
 
     task = "image"
     scored = ("image", "mask")
+    observed = ("image", "mask", "label")
 
     image_size: tuple[int, ...] = (8, 8, 1)
     patch_size: int = 2
@@ -61,6 +63,13 @@ class ViTConfig(ModelConfig):
             "image": jax.ShapeDtypeStruct((batch_size, *self.image_size), jnp.float32),
             "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
         }
+
+    def attributes(self, batch: Batch) -> dict[str, tuple[Int[Array, "B L"], int]]:
+        """See `ModelConfig`: the class of a token's image, and its place there."""
+        shape = (len(batch["label"]), self.length)
+        class_BL = jnp.broadcast_to(batch["label"][:, None], shape)
+        position_BL = jnp.broadcast_to(jnp.arange(self.length, dtype=jnp.int32)[None], shape)
+        return {"class": (class_BL, self.num_classes), "position": (position_BL, self.length)}
 
     @property
     def length(self) -> int:
@@ -105,8 +114,21 @@ class VisionTransformer(nnx.Module):
         keys: Key[Array, "B"] | None,
         mesh: Mesh,
         mask: Bool[Array, "B"] | None = None,
+        look: Look | None = None,
     ) -> ModelOutput:
-        """Classifies the images; keys are given in training only, one per image; see `Moe` for the mask."""
+        """Classifies the images; keys are given in training only, one per image; see `Moe` for mask and look."""
+        hidden_BD, blocks = self._hidden(image, keys, mesh, mask, look)
+        return ModelOutput(self.head(hidden_BD), blocks.routers, blocks.rms)
+
+    def _hidden(
+        self,
+        image: Float[Array, "B h w c"],
+        keys: Key[Array, "B"] | None,
+        mesh: Mesh,
+        mask: Bool[Array, "B"] | None,
+        look: Look | None = None,
+    ) -> tuple[Float[Array, "B D"], BlocksOutput]:
+        """What the head sees of each image, and what the blocks return."""
         if image.shape[1:] != tuple(self.config.image_size):
             raise ValueError(
                 f"images of shape {image.shape[1:]} don't fit model.image_size = {self.config.image_size}."
@@ -117,7 +139,7 @@ class VisionTransformer(nnx.Module):
         if self.config.pooling == "class_token":
             x_BLD = jnp.pad(x_BLD, ((0, 0), (1, 0), (0, 0)))
         x_BLD = constrain_batch(x_BLD + self.position[...].astype(dtype)[None], mesh)
-        blocks = self.blocks(x_BLD, keys, mesh, mask)
+        blocks = self.blocks(x_BLD, keys, mesh, mask, look=look)
         x_BLD = blocks.x
         if self.config.pooling == "class_token":
             pooled_BD = self.norm(x_BLD[:, 0]).astype(jnp.float32)
@@ -125,7 +147,7 @@ class VisionTransformer(nnx.Module):
             pooled_BD = jnp.mean(self.norm(x_BLD), axis=1, dtype=jnp.float32)
         if self.config.representation_width:
             pooled_BD = jnp.tanh(pooled_BD @ self.w_representation[...])
-        return ModelOutput(self.head(pooled_BD), blocks.routers, blocks.rms)
+        return pooled_BD, blocks
 
     def loss(self, batch: Batch, *, keys: Key[Array, "B"] | None, mesh: Mesh, objective: Objective) -> LossOutput:
         """Sums over the images: cross-entropy of the smoothed label, and the number of right answers."""
@@ -149,6 +171,14 @@ class VisionTransformer(nnx.Module):
     def score(self, batch: Batch, *, mesh: Mesh) -> Float[Array, "B V"]:
         """The logits, dropping nothing; rows that the mask marks False are padding."""
         return self(batch["image"], keys=None, mesh=mesh, mask=batch["mask"]).logits
+
+    def features(self, batch: Batch, *, mesh: Mesh) -> Float[Array, "B D"]:
+        """What the head sees, as `score` computes it."""
+        return self._hidden(batch["image"], None, mesh, batch["mask"])[0]
+
+    def observe(self, batch: Batch, *, mesh: Mesh, look: Look) -> PyTree:
+        """What `look` makes of each MoE layer's routing as `score` runs, stacked over the layers."""
+        return self(batch["image"], keys=None, mesh=mesh, mask=batch["mask"], look=look).routers.observed
 
 
 def patches(image: Float[Array, "B h w c"], size: int) -> Float[Array, "B L p"]:

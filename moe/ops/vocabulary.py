@@ -41,10 +41,15 @@ class Sums(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What evaluation needs of each token. nll: -log p(target), in nats. correct: the target has the highest logit."""
+    """What evaluation needs of each token. nll: -log p(target), in nats. correct: the target has the highest logit.
+
+    top5: it is among the five highest, ties to the lower id. confidence: the highest probability of all.
+    """
 
     nll: Float[Array, "B L"]
     correct: Bool[Array, "B L"]
+    top5: Bool[Array, "B L"]
+    confidence: Float[Array, "B L"]
 
 
 def vocabulary_logits(
@@ -80,7 +85,14 @@ def vocabulary_scores(
     def step(_: None, chunk: tuple[Array, ...]) -> tuple[None, Scores]:
         x, target = chunk
         logits, total, picked = _log_sums(x, target, head_DV, settings.cap)
-        return None, Scores(total - picked, jnp.argmax(logits, axis=-1) == target)
+        is_lower = jnp.arange(logits.shape[-1])[None, None] < target[..., None]
+        is_before = (logits > picked[..., None]) | ((logits == picked[..., None]) & is_lower)
+        return None, Scores(
+            nll=total - picked,
+            correct=jnp.argmax(logits, axis=-1) == target,
+            top5=jnp.sum(is_before, axis=-1) < 5,
+            confidence=jnp.exp(jnp.max(logits, axis=-1) - total),
+        )
 
     scores = jax.lax.scan(step, None, _chunks((x_BLD, target_BL), settings.chunk))[1]
     return jax.tree.map(lambda leaf: _whole(leaf, x_BLD.shape[1]), scores)

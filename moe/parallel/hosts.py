@@ -91,6 +91,13 @@ def follow(value: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
+def follow_number(value: int) -> int:
+    """The number that the first process has; all have to ask."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.array(value)))
+
+
 class Interrupted(Exception):
     """What was under way has ended before its time, since the run is to stop."""
 

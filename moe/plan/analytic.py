@@ -19,20 +19,25 @@ def tokens_per_step(config: Config) -> int:
 
 
 def active_flops(config: Config, abstract: Variables) -> float:
-    """FLOPs of a step's matrix products, forward and twice that backward, without recomputation, on all devices.
+    """FLOPs of a step's matrix products, forward and twice that backward, without recomputation, on all devices."""
+    return 3.0 * tokens_per_step(config) * forward_flops(config, abstract, experts_per_token(config))
+
+
+def forward_flops(config: Config, abstract: Variables, experts: float) -> float:
+    """FLOPs of a token's matrix products, forward, with so many routed experts.
 
     2 for each parameter of a matrix and token; of routed experts the share k / E (shared experts whole); attention's
     two products with the keys that a token sees. This is how MFU is usually counted (PaLM, 2204.02311, appendix B):
-    no softmax, no norm, of routing the gate alone. Routers whose experts per token vary count k.
+    no softmax, no norm, of routing the gate alone. In `active_flops` routers whose experts per token vary count k.
     """
     per_token = sum(
-        _matrix_flops(tuple(str(key.key) for key in path), leaf.shape, config)
+        _matrix_flops(tuple(str(key.key) for key in path), leaf.shape, config, experts)
         for path, leaf in jax.tree_util.tree_leaves_with_path(abstract.params)
     )
     attention = config.model.attention
     seen = _keys_seen(config)
     scores = config.model.depth * 2 * 2 * attention.heads * attention.head_width * seen
-    return 3.0 * tokens_per_step(config) * (per_token + scores)
+    return per_token + scores
 
 
 def parameter_counts(config: Config, abstract: Variables) -> dict[str, int]:
@@ -62,7 +67,7 @@ def _is_routed(path: tuple[str, ...]) -> bool:
     return "experts" in path
 
 
-def _matrix_flops(path: tuple[str, ...], shape: tuple[int, ...], config: Config) -> float:
+def _matrix_flops(path: tuple[str, ...], shape: tuple[int, ...], config: Config, experts: float) -> float:
     """Of one token, forward."""
     name = path[-1]
     is_tied_head = name == "embedding" and getattr(config.model, "tied_head", False)
@@ -70,7 +75,7 @@ def _matrix_flops(path: tuple[str, ...], shape: tuple[int, ...], config: Config)
         return 0.0
     flops = 2.0 * math.prod(shape)
     if _is_routed(path):
-        return flops * experts_per_token(config) / config.moe.num_experts
+        return flops * experts / config.moe.num_experts
     # An image has one head for all of its tokens.
     return flops / _length(config) if path[0] == "head" and not isinstance(config.model, LmConfig) else flops
 

@@ -140,15 +140,23 @@ def test_measures_of_text() -> None:
     from moe.ops.vocabulary import Scores
 
     def predict(_: Any, batch: dict[str, Any]) -> Scores:
-        return Scores(jnp.asarray(batch["nll"], jnp.float32), jnp.asarray(batch["right"]))
+        right = jnp.asarray(batch["right"])
+        return Scores(jnp.asarray(batch["nll"], jnp.float32), right, ~right, jnp.full((2, 2), 0.5))
 
     ones = np.ones((2, 2), bool)
     first = {"nll": [[1.0, 2.0], [9.0, 9.0]], "right": ones, "mask": np.array([True, False])}
     first |= {"loss_mask": ones, "target_bytes": np.array([[3, 1], [5, 5]])}
+    first |= {"document": np.array([[7, 7], [-1, -1]]), "source": np.array([0, -1])}
     second = {"nll": [[3.0, 9.0], [2.0, 4.0]], "right": ~ones, "mask": np.array([True, True])}
     second |= {"loss_mask": np.array([[True, False], [True, True]]), "target_bytes": np.array([[2, 0], [1, 1]])}
+    second |= {"document": np.array([[7, -1], [7, 7]]), "source": np.array([0, 1])}
     measures = evaluate(predict, None, [first, second])
     expected = {"accuracy": 2 / 5, "loss": 12 / 5, "bits_per_byte": 12 / np.log(2) / 8, "perplexity": np.exp(12 / 5)}
-    assert measures == pytest.approx(expected)
+    # All five tokens are as sure, and two of five are right.
+    expected |= {"top5_accuracy": 3 / 5, "ece": 0.1}
+    assert {name: measures[name] for name in expected} == pytest.approx(expected)
+    # Two documents, of 3 tokens with 6 nats and of 2 with 6: resamples are one of them twice, or both.
+    assert (measures["loss_low"], measures["loss_high"]) == (2, 3)
+    assert evaluate(predict, None, [first]).keys() == expected.keys()  # one document says nothing of others
     with pytest.raises(ValueError, match="empty"):
         evaluate(predict, None, [])

@@ -66,6 +66,17 @@ def test_scores() -> None:
     expected = -np.log(np.take_along_axis(routing.softmax(logits), target[..., None], axis=-1)[..., 0])
     np.testing.assert_allclose(scores.nll, expected, rtol=1e-5)
     np.testing.assert_array_equal(scores.correct, logits.argmax(axis=-1) == target)
+    np.testing.assert_allclose(scores.confidence, routing.softmax(logits).max(axis=-1), rtol=1e-5)
+    best = np.argsort(-logits, axis=-1, kind="stable")[..., :5]
+    np.testing.assert_array_equal(scores.top5, (best == target[..., None]).any(axis=-1))
+    assert 0 < np.mean(scores.top5) < 1
+
+
+def test_among_equal_logits_the_lower_ids_are_the_top_five() -> None:
+    target = jnp.arange(8, dtype=jnp.int32)[None]
+    scores = vocabulary_scores(jnp.zeros((1, 8, 2)), jnp.zeros((2, 8)), target, VocabularyLoss())
+    np.testing.assert_array_equal(scores.top5[0], np.arange(8) < 5)
+    np.testing.assert_array_equal(scores.correct[0], np.arange(8) == 0)
 
 
 @pytest.mark.parametrize("what", ["gradient", "scores"])
@@ -78,8 +89,8 @@ def test_no_array_holds_all_logits(what: str) -> None:
     def loss(x: jax.Array, head: jax.Array) -> jax.Array:
         return vocabulary_loss(x, head, target, target == 0, settings).loss
 
-    def scores(x: jax.Array, head: jax.Array) -> jax.Array:
-        return vocabulary_scores(x, head, target, settings).nll
+    def scores(x: jax.Array, head: jax.Array) -> tuple[jax.Array, ...]:
+        return vocabulary_scores(x, head, target, settings)
 
     function = jax.grad(loss, argnums=(0, 1)) if what == "gradient" else scores
     text = jax.jit(function).lower(x, head).compile(AS_USERS).as_text()
