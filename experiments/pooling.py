@@ -40,7 +40,7 @@ from moe.routers.dense import Dense
 
 FILES, BYTES, TESTED = 12, 200_000, 0.25  # of a package: at least so many; share of the files to test on
 LENGTH, BATCH, TESTS = 512, 8, 48  # tests: texts of a package at most
-STEPS, LEARNING_RATE, WEIGHT_DECAY = 400, 2e-3, 0.05
+STEPS, LEARNING_RATE, WEIGHT_DECAY = 200, 2e-3, 0.05
 CONFIG = BlocksConfig(width=64, depth=4, heads=2, mlp_width=128, moe_every=0)
 WINDOW = 3  # bytes that make up a token's embedding: its own, and those before it
 NONE = "no pooling"
@@ -216,17 +216,16 @@ def samples(
     case = f"{len(texts.train)} packages, {length} bytes"
     built = {name: programs(pool, len(texts.train), steps, length, config) for name, pool in METHODS.items()}
     measured = times(built, texts, case)
-    found = []
-    for name, each in built.items():
-        values = []
-        for seed in range(seeds):
+    values: dict[str, list[float]] = {name: [] for name in built}
+    for seed in range(seeds):
+        batches = draw(texts, seed, steps, length)
+        for name, each in built.items():
             state = each.init(jax.random.key(seed))
-            for text, label in zip(*draw(texts, seed, steps, length), strict=True):
+            for text, label in zip(*batches, strict=True):
                 state = each.train(state, text, label)
-            values.append(accuracy(each.predict, state, texts))
-            print(f"{name}, seed {seed}: {values[-1]:.3f}", flush=True)
-        found.append(Sample(name, case, "accuracy", values))
-    return found + measured
+            values[name].append(accuracy(each.predict, state, texts))
+            print(f"{name}, seed {seed}: {values[name][-1]:.3f}", flush=True)
+    return [Sample(name, case, "accuracy", values[name]) for name in built] + measured
 
 
 def main(argv: Sequence[str] | None = None) -> None:
