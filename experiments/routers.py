@@ -1,0 +1,66 @@
+"""Does a differentiable router train a better mixture of experts than softmax top-k?
+
+    python -m experiments.routers [--seeds=5] [--steps=3000] [--json FILE] [--markdown FILE]
+
+Sander et al. 2023 (arXiv 2302.01425, "Sparse MoEs") put sparse p-norm top-k in the place of a vision transformer's
+router; successive halving (Pietruszka et al. 2020, arXiv 2010.15552) is proposed as one by nobody but this project.
+Here `train.py` runs configs/digits.py with each router and seed, all else equal, one after the other; a run that has
+ended is not run again, and one that was stopped goes on, so the same command finishes what it began.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments import common
+from experiments.common import Sample
+
+ROOT = Path(__file__).parents[1]
+ROUTERS = ("softmax", "sparse_topk", "successive_halving")
+UNITS = {"test/accuracy": "accuracy", "test/loss": "loss"}
+
+
+def run(router: str, seed: int, steps: int, config: str, folder: Path, overrides: Sequence[str] = ()) -> dict:
+    """What result.json of the run holds. Raises CalledProcessError where train.py fails."""
+    workdir = folder / f"{Path(config).stem}-{steps}" / f"{router}-{seed}"
+    result = workdir / "result.json"
+    if not result.exists():
+        command = [sys.executable, str(ROOT / "train.py"), f"--config={config}", f"--workdir={workdir}", *overrides]
+        command += [f"--config.router.name={router}", f"--config.seed={seed}", f"--config.steps={steps}"]
+        # Compiled programs are the same for all seeds, and only the last step is of interest.
+        command += ["--config.evaluate_every=0", f"--config.compiler.cache={folder / 'programs'}"]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return json.loads(result.read_text())
+
+
+def samples(seeds: int, steps: int, config: str, folder: Path, overrides: Sequence[str] = ()) -> list[Sample]:
+    """Runs every router with every seed; all routers of a seed before the next seed."""
+    results: dict[str, list[dict]] = {router: [] for router in ROUTERS}
+    for seed in range(seeds):
+        for router, found in results.items():
+            found.append(run(router, seed, steps, config, folder, overrides))
+            print(f"{router}, seed {seed}: {found[-1]['test/accuracy']:.4f}", flush=True)
+    return [
+        Sample(router, f"{Path(config).stem}, {steps} steps", unit, [result[key] for result in found])
+        for key, unit in UNITS.items()
+        for router, found in results.items()
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    options = common.parser(__doc__)
+    options.add_argument("--steps", type=int, default=3000, help="of each run (default: %(default)s)")
+    options.add_argument("--config", default="configs/digits.py", help="what to train (default: %(default)s)")
+    options.add_argument("--folder", type=Path, default=Path("runs/routers"), help="of the runs (default: %(default)s)")
+    arguments = common.parse(options, argv)
+    begin = time.perf_counter()
+    found = samples(arguments.seeds, arguments.steps, arguments.config, arguments.folder.absolute())
+    common.report(found, ROUTERS[:1], arguments, "routers", begin)
+
+
+if __name__ == "__main__":
+    main()
