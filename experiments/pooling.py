@@ -143,7 +143,7 @@ class Encoder(nnx.Module):
         windows = [padded[:, i : i + text.shape[1]] + 256 * i for i in range(WINDOW)]
         x = sum(self.embedding[...][window] for window in windows) + self.position[...][None]
         for index, block in enumerate(self.blocks):
-            x, _, _ = block(x, None, mesh, None, None, None)
+            x, _, _ = block(x, None, mesh, None, None, None, None)
             if self.pool is not None and index + 1 < len(self.blocks):
                 scores = jax.nn.sigmoid(jnp.einsum("BLD,D->BL", x, self.w_score[...][index]))
                 x = self.pool(x, scores, x.shape[1] // 2)
