@@ -1,12 +1,13 @@
 """Evaluates checkpoints of a training run, without dropping a token.
 
-    python evaluate.py --workdir=runs/digits [--step=N] [--config.router.name=sparse_topk …]
+    python evaluate.py --workdir=runs/digits [--step=N] [--report] [--config.router.name=sparse_topk …]
     python evaluate.py --workdir=runs/digits --steps=all            # or --steps=500,1000, or --watch a run that goes on
     python evaluate.py --workdir=runs/digits --diagnostics --against=500 --capacity-factor=1.05 --few-shot
 
 The model is rebuilt from the workdir's own config; an override evaluates the same weights under another setting.
 Of one checkpoint evaluation.json is written, and routing.json and few_shot.json where they are asked for; of several
-evaluations.jsonl, routing.jsonl and few_shot.jsonl, a line for each. --report writes report.html of one anew.
+evaluations.jsonl, routing.jsonl and few_shot.jsonl, a line for each.
+--report writes report.html anew.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from moe.evaluation.report import write_report
 from moe.evaluation.series import Series
 from moe.files import AnyPath, open_path
 from moe.layers.moe import MoeConfig
-from moe.metrics import flatten, params_sha256, write_json
+from moe.metrics import flatten, is_measure, params_sha256, write_json
 from moe.models import Batch, Model, Variables, ViTConfig, make_model
 from moe.parallel import hosts
 from moe.parallel.mesh import make_mesh, replicated
@@ -39,7 +40,7 @@ from moe.plan import analytic
 from moe.tasks import TASKS, caution
 from moe.types import PyTree
 from moe.workdir import fit_mesh, read_config
-from train import DEFAULT_CONFIG, is_measure, make_predict, make_step
+from train import DEFAULT_CONFIG, make_predict, make_step
 
 # What is written of one checkpoint, and of several, by the names of `Evaluation.run`.
 _FILES = {"evaluation": "evaluation.json", "routing": "routing.json", "few_shot": "few_shot.json"}
@@ -53,13 +54,14 @@ class Wanted:
 
     capacity_factor: of expert queues, beside the dropless result; 0: none. diagnostics: routing of every layer.
     against: step of another checkpoint whose routing it is compared with. few_shot: a data set to probe the features
-        on, "" for the run's own; None: none.
+        on, "" for the run's own; None: none. report: whether to write report.html.
     """
 
     capacity_factor: float = 0.0
     diagnostics: bool = False
     against: int | None = None
     few_shot: str | None = None
+    report: bool = False
 
     def check(self, config: Config) -> None:
         """Raises ValueError where that can't be had of such a model."""
@@ -118,6 +120,9 @@ class Evaluation:
         factor = {"capacity_factor": self.wanted.capacity_factor} if self.wanted.capacity_factor else {}
         sha256 = params_sha256(variables.params)
         results = {"evaluation": {"step": step, **measures, **factor, **self.facts, "params/sha256": sha256}}
+        if self.wanted.report:
+            evaluation = results["evaluation"]
+            write_report(self.config, self.workdir, variables, self.batches, self.mesh, evaluation=evaluation)
         if self.wanted.diagnostics:
             results["routing"] = {"step": step, **self.diagnose(variables)}
         if self.probe is not None:
@@ -259,15 +264,12 @@ def check_read(unread: Sequence[int], count: int) -> None:
         raise cli.Failure(f"{len(unread)} of {count} checkpoints can't be read: step {', '.join(map(str, unread))}.")
 
 
-def evaluate_one(evaluation: Evaluation, step: int, *, with_report: bool) -> None:
+def evaluate_one(evaluation: Evaluation, step: int) -> None:
     """Evaluates a step, says what was found and writes it."""
     results = evaluation.run(step)
     hosts.say(*describe(results))
     for name, value in results.items() if hosts.is_first() else ():
         write_json(evaluation.workdir / _FILES[name], value)
-    if with_report:
-        config, workdir, mesh = evaluation.config, evaluation.workdir, evaluation.mesh
-        write_report(config, workdir, evaluation.load(step), evaluation.batches, mesh, results["evaluation"])
 
 
 def describe(results: Mapping[str, dict[str, Any]]) -> list[str]:
@@ -294,11 +296,11 @@ def make_parser() -> argparse.ArgumentParser:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
     which.add_argument("--steps", help="several: all, or some such as 500,1000")
-    parser.add_argument("--report", action="store_true", help="write report.html of the run and this checkpoint")
     which.add_argument("--watch", action="store_true", help="each checkpoint as it comes, to the run's last step")
     parser.add_argument(
         "--patience", type=float, default=0.0, help="minutes without a new one that --watch waits; 0: any"
     )
+    parser.add_argument("--report", action="store_true", help="write report.html of the run and this checkpoint")
     parser.add_argument("--capacity-factor", type=float, default=0.0, help="also with expert queues of this factor")
     parser.add_argument("--diagnostics", action="store_true", help="routing of every layer, to routing.json")
     parser.add_argument("--against", type=int, help="another step, whose routing it is compared with")
@@ -341,7 +343,9 @@ def main(argv: Sequence[str]) -> None:
     if notice := caution(config.model, config.moe, config.router):
         hosts.say(notice)
     steps = choose_steps(workdir, arguments)
-    wanted = Wanted(arguments.capacity_factor, arguments.diagnostics, arguments.against, arguments.few_shot)
+    wanted = Wanted(
+        arguments.capacity_factor, arguments.diagnostics, arguments.against, arguments.few_shot, arguments.report
+    )
     with cli.usage_errors():
         evaluation = Evaluation(config, workdir, wanted)
     settings = overrides + ([f"capacity_factor={wanted.capacity_factor}"] if wanted.capacity_factor else [])
@@ -350,7 +354,7 @@ def main(argv: Sequence[str]) -> None:
     elif arguments.steps:
         evaluate_all(evaluation, steps, settings)
     else:
-        evaluate_one(evaluation, steps[0], with_report=arguments.report)
+        evaluate_one(evaluation, steps[0])
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from moe import cli
 from moe import config as config_lib
 from moe.compare.page import html_page, text_page
 from moe.files import write_whole
+from moe.metrics import is_measure
 from train import DEFAULT_CONFIG
 
 TRAIN = Path(__file__).with_name("train.py")
@@ -132,9 +133,7 @@ def _outcome(job: Job, code: int) -> str:
     if code != 0:
         return f"failed with exit code {code}"
     result = json.loads((job.workdir / "result.json").read_text())
-    return "done, " + ", ".join(
-        f"{n.removeprefix('test/')} {v:.4g}" for n, v in result.items() if n.startswith("test/")
-    )
+    return "done, " + ", ".join(f"{n.removeprefix('test/')} {v:.4g}" for n, v in result.items() if is_measure(n))
 
 
 def default_width() -> int:

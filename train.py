@@ -32,7 +32,17 @@ from moe.files import AnyPath, open_path
 from moe.guard import GuardState, init_guard, judge, keep_unless
 from moe.initial import Initial, describe, load_initial, plan_initial
 from moe.layers.moe import group_count
-from moe.metrics import Clock, MetricsWriter, Progress, flatten, layer_loads, params_sha256, per_layer, write_json
+from moe.metrics import (
+    Clock,
+    MetricsWriter,
+    Progress,
+    flatten,
+    is_measure,
+    layer_loads,
+    params_sha256,
+    per_layer,
+    write_json,
+)
 from moe.models import Batch, Model, Objective, Variables, make_model
 from moe.optim import make_optimizer
 from moe.parallel import hosts
@@ -392,11 +402,6 @@ class Rates:
         speed = {"examples": self._examples, "tokens": self._tokens}
         values = {f"{name}_per_second": steps_per_second * count for name, count in speed.items()}
         return values | ({"mfu": steps_per_second * self._flops / self._peak} if self._peak else {})
-
-
-def is_measure(name: str) -> bool:
-    """Whether a key of result.json is a measure of the test set, and not an end of its interval."""
-    return name.startswith("test/") and not name.endswith(("_low", "_high"))
 
 
 def is_due(step: int, every: int, last: int) -> bool:

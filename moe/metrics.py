@@ -194,6 +194,11 @@ class Progress:
         self._bar.close()
 
 
+def is_measure(name: str) -> bool:
+    """Whether a key of result.json is a measure of the test set, and not an end of its interval."""
+    return name.startswith("test/") and not name.endswith(("_low", "_high"))
+
+
 def flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, float]:
     """{"loss": 1} -> {"prefix/loss": 1.0}, for scalars."""
     return {f"{prefix}/{name}": float(value) for name, value in tree.items()}
