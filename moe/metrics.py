@@ -88,8 +88,9 @@ class MetricsWriter:
         self._pending[_METRICS].append(json.dumps({"step": step, **values}) + "\n")
         tags = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         if load:
-            # Four digits of a share.
-            shares = {name: [float(f"{share:.4g}") for share in values] for name, values in load.items()}
+            # Five places, and one more for each digit by which an even share is smaller.
+            places = 4 + len(str(max(map(len, load.values()))))
+            shares = {name: np.round(np.asarray(one, np.float64), places).tolist() for name, one in load.items()}
             self._pending[_LOAD].append(json.dumps({"step": step, "load": shares}, separators=(",", ":")) + "\n")
             tags += load_summaries(load)
         event = Event(step=step, wall_time=time.time(), summary=Summary(value=tags))

@@ -251,7 +251,10 @@ def test_a_run_on_a_bucket_goes_on_there_and_is_evaluated(server: GcsServer, tmp
     checkpoints = {name.split("/")[3] for name in names if name.startswith("runs/digits/checkpoints/")}
     assert checkpoints == {"4", "6", "8"}
     others = {name.split("/")[2] for name in names} - {"checkpoints", "tensorboard"}
-    assert others == {"config.json", "metrics.jsonl", "result.json"}
+    written = {"config.json", "environment.json", "load.jsonl", "metrics.jsonl", "report.html", "result.json"}
+    assert others == written
+    loads = [json.loads(line) for line in read(server, "load.jsonl").splitlines()]
+    assert [line["step"] for line in loads] == [2, 4, 6, 8]
 
     done = run_on(server, tmp_path, "evaluate.py", "--workdir=gs://bucket/runs/digits")
     assert done.returncode == 0, done.stderr

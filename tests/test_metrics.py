@@ -103,7 +103,7 @@ def test_the_load_of_experts_goes_to_a_file_beside_and_is_taken_out_with_its_ste
     writer.close()
     MetricsWriter(tmp_path, 2).close()
     lines = [json.loads(line) for line in (tmp_path / "load.jsonl").read_text().splitlines()]
-    assert lines == [{"step": n, "load": {"layer_1": [0.75, 0.25], "layer_3": [0.3333, 0.6667]}} for n in (1, 2)]
+    assert lines == [{"step": n, "load": {"layer_1": [0.75, 0.25], "layer_3": [0.33333, 0.66667]}} for n in (1, 2)]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 

@@ -1,6 +1,7 @@
 """Charts of the pages that runs write, as SVG and small PNG in the page itself."""
 
 import base64
+import functools
 import io
 import math
 from collections.abc import Sequence
@@ -124,6 +125,7 @@ def thin(count: int, most: int) -> list[int]:
     return sorted({round(index * (count - 1) / (most - 1)) for index in range(most)})
 
 
+@functools.cache
 def shades() -> list[list[int]]:
     """The 256 colours of the heat maps, red, green and blue, from 0 to `HOTTEST`."""
     anchors = np.array([[int(shade[i : i + 2], 16) for i in (0, 2, 4)] for shade in _SHADES], float)
@@ -147,7 +149,7 @@ def heat_picture(load: Float[np.ndarray, "H W"], cell: int = 1) -> Image.Image:
 def png(picture: Image.Image) -> bytes:
     """The picture as PNG."""
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
+    picture.save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -101,7 +101,10 @@ def trace_examples(
     laid = {name: to_global(values[mine], mesh) for name, values in first.items()}
     abstract = jax.eval_shape(lambda tree: tree, variables)
     shardings = Variables(*(param_shardings(*pair, mesh) for pair in zip(abstract, model.axes, strict=True)))
-    jitted = jax.jit(run, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh))
+    # It runs once, on few rows: on CPU LLVM would take longer to make it fast.
+    quick = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
+    laid_out = (shardings, batch_sharding(mesh))
+    jitted = jax.jit(run, in_shardings=laid_out, out_shardings=replicated(mesh), compiler_options=quick)
     chosen_N2TK = np.asarray(jax.device_get(jitted(variables, laid)))
     layers, _, _, choices = chosen_N2TK.shape
     expert, weight = np.moveaxis(chosen_N2TK.reshape(layers, 2, shown, length, choices), 1, 0)

@@ -42,6 +42,7 @@ input[type=range] { width: 100%; }
   border-radius: .4rem; padding: .2rem .7rem; min-height: 2.2rem; cursor: pointer; }
 .tabs button[aria-pressed=true] { border-color: currentColor; font-weight: 600; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .75rem; }
+.pictures svg { image-rendering: pixelated; }
 .pictures svg text { fill: #fff; stroke: #000; stroke-width: .02px; }
 .text { font: 14px/1.7 ui-monospace, monospace; white-space: pre-wrap; padding: .75rem; background: var(--card);
   border-radius: .5rem; margin: 0 0 .75rem; }

@@ -25,8 +25,7 @@ def pictures(examples: Examples, layers: Sequence[str], patch_size: int, class_t
         f'<image id="picture-{n}" width="{width}" height="{height}" href="{_uri(image)}"/>'
         for n, image in enumerate(images)
     ]
-    style = "position:absolute;image-rendering:pixelated"
-    defined = f'<svg width="0" height="0" style="{style}"><defs>{"".join(kept)}</defs></svg>'
+    defined = f'<svg width="0" height="0" style="position:absolute"><defs>{"".join(kept)}</defs></svg>'
     labels = examples.batch.get("label")
     panels = []
     for layer, name in enumerate(layers):
