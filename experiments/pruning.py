@@ -12,6 +12,10 @@ A sparse operator keeps at least k weights, so every network is tested with the 
 that; how it did before stands beside it. "strength 30 to .001" falls geometrically over the run; as a large one keeps
 more weights, there is a hard operator whose k falls from all weights to its own ("zeros rising"). Learning rate and
 strengths were chosen by accuracy on the last 287 training scans, by models that had not seen these.
+
+Two x86-64 cores shared with others, 7 minutes, 5 seeds: above the hard operator's own gradient, level with
+straight-through at a constant strength, and above it at 90 and 98 % with one that falls.
+`experiments/results/pruning.md` has all figures.
 """
 
 import functools

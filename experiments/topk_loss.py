@@ -8,6 +8,9 @@ here a vision transformer of 2 blocks is trained with cross-entropy, and then by
 from the same weights. Two tasks: scikit-learn's digits, 10 classes; and pairs of digits side by side, 8×16 pixels and
 100 classes, drawn anew for each batch from the 1 437 scans to train on, tested on 4 000 pairs of the 360 by other
 writers. Nothing was tuned: the strengths stand side by side.
+
+Two x86-64 cores shared with others, 9 minutes, 5 seeds: the top-3 loss does not raise top-3 accuracy; on pairs it is
+.001 ± .001 to .009 ± .003 below cross-entropy's .951. `experiments/results/topk_loss.md` has all figures.
 """
 
 import functools

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -16,8 +15,6 @@ from scipy.optimize import brentq
 
 from experiments import common, pooling, pruning, routers, topk_loss
 from experiments.common import Sample
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_means_errors_and_differences_are_those_of_the_seeds() -> None:
@@ -70,15 +67,14 @@ def test_gradients_reach_the_weights_that_each_method_promises() -> None:
     image, label = jax.tree.map(lambda x: x[:64], common.digits()[0])
     layers, counts = pruning.init(jax.random.key(0)), pruning.kept(0.9)
     shares = {}
-    some = [pruning.HARD, pruning.STRAIGHT, *(f"sparse, p = 2, strength {s}" for s in (".01", "30 to .001"))]
+    some = [pruning.HARD, pruning.STRAIGHT, "sparse, p = 2, strength 30 to .001"]
     for name, method in ((name, pruning.METHODS[name]) for name in some):
         strength = jnp.asarray(method.strengths[0])
         gradient = jax.grad(pruning.loss)(layers, method, counts, strength, (image.reshape(64, -1), label))
         shares[name] = float(np.mean(np.asarray(gradient[1][0]) != 0))
     # What a matrix's kept weights can't have is a gradient from units that are silent for all examples.
     assert shares[pruning.HARD] <= 0.1001
-    assert shares[some[2]] < shares[some[3]]
-    assert shares[some[3]] > 2 * shares[pruning.HARD] < shares[pruning.STRAIGHT]
+    assert shares[some[2]] > 2 * shares[pruning.HARD] < shares[pruning.STRAIGHT]
     exact, straight = (pruning.pruned(p, layers, counts, 0.0)[1][0] for p in (pruning.hard, pruning.straight_through))
     np.testing.assert_allclose(exact, straight, atol=1e-6)
 
@@ -210,8 +206,3 @@ def test_each_says_how_it_is_run(module: ModuleType, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit, match="0"):
         module.main(["--help"])
     assert f"python -m {module.__name__} [--seeds=5]" in capsys.readouterr().out
-
-
-def test_an_experiment_starts_as_a_module() -> None:
-    command = [sys.executable, "-m", "experiments.routers", "--seeds=1"]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 2
