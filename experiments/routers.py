@@ -61,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--folder", type=Path, default=Path("runs/routers"), help="of the runs (default: %(default)s)")
     arguments = common.parse(options, argv)
     begin = time.perf_counter()
-    found = samples(arguments.seeds, arguments.steps, arguments.config, arguments.folder.absolute())
+    try:
+        found = samples(arguments.seeds, arguments.steps, arguments.config, arguments.folder.absolute())
+    except subprocess.CalledProcessError as error:  # train.py has said in a sentence why
+        sys.exit(error.returncode)
     common.report(found, ROUTERS[:1], arguments, "routers", begin)
 
 
