@@ -10,7 +10,7 @@ import pytest
 
 from moe import config as config_lib
 from moe.inspection import expert_weights
-from moe.models import Variables, make_model
+from moe.models import LmConfig, Variables, make_model
 from moe.parallel.mesh import make_mesh
 from moe.routers.unlearned import hashed_experts
 from moe.workdir import Loaded
@@ -52,6 +52,19 @@ def test_layers_stand_in_order_and_patches_row_by_row() -> None:
     expected = np.asarray(hashed_experts(jnp.arange(4), 2, 4, seed=0))
     for weights_TE in weights.reshape(-1, 4, 4):
         np.testing.assert_array_equal(np.sort(weights_TE.argsort(axis=1)[:, 2:], axis=1), np.sort(expected, axis=1))
+
+
+def test_of_text_a_token_is_routed_as_in_its_document() -> None:
+    model = LmConfig(width=16, depth=2, heads=2, mlp_width=8, moe_every=1, length=8)
+    config = dataclasses.replace(load("softmax").config, model=model)
+    built = make_model(model, config.moe, config.router)
+    loaded = Loaded(config, make_mesh(config.mesh), built, built.init(jax.random.key(1)))
+    tokens = np.random.default_rng(2).integers(0, 256, (3, 8)).astype(np.int32)
+    weights = expert_weights(loaded, tokens)
+    assert weights.shape == (2, 3, 8, 4)
+    assert (np.sum(weights > 0, axis=-1) == 2).all()
+    # A decoder's token doesn't see what follows.
+    np.testing.assert_allclose(expert_weights(loaded, tokens[:, :5]), weights[:, :, :5], rtol=1e-4)
 
 
 def test_many_examples_go_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
