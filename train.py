@@ -9,8 +9,7 @@ Of a run of several hosts every one gets the same command. SIGTERM saves, on all
 
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,15 +22,16 @@ from jax.sharding import Mesh
 
 from moe import cli
 from moe import config as config_lib
-from moe.checkpoint import CheckpointError, Checkpoints, complete_steps
+from moe.checkpoint import CheckpointError, Checkpoints
 from moe.compiler import compile_step, compiler_options, keep_programs
 from moe.config import Config
 from moe.evaluation.environment import environment
 from moe.evaluation.report import write_report
 from moe.files import AnyPath, open_path
 from moe.guard import GuardState, init_guard, judge, keep_unless
-from moe.initial import Initial, describe, load_initial, plan_initial
+from moe.initial import Initial, describe, load_initial, plan_start
 from moe.layers.moe import group_count
+from moe.lock import WorkdirLock
 from moe.metrics import (
     Clock,
     MetricsWriter,
@@ -39,8 +39,8 @@ from moe.metrics import (
     flatten,
     is_measure,
     layer_loads,
+    log_values,
     params_sha256,
-    per_layer,
     write_json,
 )
 from moe.models import Batch, Model, Objective, Variables, make_model
@@ -56,11 +56,10 @@ from moe.parallel.mesh import (
     replicated,
     to_global,
 )
-from moe.plan import analytic
-from moe.plan.chips import peak_flops
+from moe.plan.rates import Rates
 from moe.profile import Profile, parse_steps
 from moe.saves import Saves
-from moe.tasks import TASKS, caution, shortage
+from moe.tasks import TASKS, Task, caution, shortage
 from moe.tracking import Tracker
 from moe.types import PyTree
 from moe.unstacked import Loop, make_loop, stack
@@ -105,13 +104,7 @@ class Step(NamedTuple):
 
 def make_step(config: Config, mesh: Mesh) -> Step:
     """Builds the programs without running anything. Raises ValueError where config, batch and mesh don't fit."""
-    shards, micro_batch = batch_shards(mesh), config.batch_size // config.accumulation_steps
-    if micro_batch % shards:
-        raise ValueError(
-            f"a micro-batch of {micro_batch} examples (batch_size / accumulation_steps) can't be shared by the "
-            f"{shards} devices along data × fsdp × expert: choose a multiple of {shards}."
-        )
-    group_count(micro_batch, config.moe.group_size)
+    check_micro_batch(config, mesh)
     model = make_model(config.model, config.moe, config.router)
     optimizer = make_optimizer(config.optimizer, config.steps)
     objective = Objective(config.loss, config.label_smoothing)
@@ -200,6 +193,17 @@ def make_step(config: Config, mesh: Mesh) -> Step:
     )
 
 
+def check_micro_batch(config: Config, mesh: Mesh) -> None:
+    """Raises ValueError where devices or groups can't share a micro-batch."""
+    shards, micro_batch = batch_shards(mesh), config.batch_size // config.accumulation_steps
+    if micro_batch % shards:
+        raise ValueError(
+            f"a micro-batch of {micro_batch} examples (batch_size / accumulation_steps) can't be shared by the "
+            f"{shards} devices along data × fsdp × expert: choose a multiple of {shards}."
+        )
+    group_count(micro_batch, config.moe.group_size)
+
+
 def make_predict(
     function: Callable[..., PyTree], names: Sequence[str], shardings: PyTree, mesh: Mesh
 ) -> Callable[[PyTree, Batch], PyTree]:
@@ -243,6 +247,44 @@ def to_devices(batch: Batch, names: Sequence[str], mesh: Mesh) -> dict[str, jax.
     return {name: to_global(batch[name], mesh) for name in names}
 
 
+class Run(NamedTuple):
+    """What a run is made of, checked, with nothing written yet but the workdir's own files.
+
+    facts: see `Task.check_data`. lowered: the step's program, to be compiled. initial: what it begins with instead of
+    random weights. lock: of the workdir, in the first process.
+    """
+
+    mesh: Mesh
+    task: Task
+    facts: dict[str, str]
+    step: Step
+    examples: Any
+    test_batches: Iterable[Batch]
+    lowered: Any
+    initial: Initial | None
+    lock: WorkdirLock | None
+
+
+def prepare(config: Config, table: ml_collections.ConfigDict, workdir: AnyPath) -> Run:
+    """Checks config, data and workdir, in this order, and says what is to be known before a run."""
+    config.wandb.check()
+    mesh = make_mesh(config.mesh)
+    task = TASKS[config.model.task]
+    facts = task.check_data(config.data, config.model)
+    notices = [shortage(config.data, config.batch_size, jax.process_count())]
+    step = make_step(config, mesh)
+    rows = local_rows(mesh, config.batch_size)
+    examples = task.make_train_iterator(config.data, config.batch_size, config.seed, rows=rows)
+    test_batches = task.make_eval_batches(config.data, config.data.test_split, config.batch_size)
+    lowered = step.loop.train.lower(step.loop.abstract_state, step.abstract_batch)
+    initial = plan_start(config, step.abstract_state.variables, workdir)
+    differences, lock = open_workdir(workdir, table)
+    notices.append(caution(config.model, config.moe, config.router))
+    hosts.say(*(f"the config differs from the one that began this run: {difference}" for difference in differences))
+    hosts.say(*(f"{name}: {value}" for name, value in facts.items()), *filter(None, notices))
+    return Run(mesh, task, facts, step, examples, test_batches, lowered, initial, lock)
+
+
 def train(
     config: Config, table: ml_collections.ConfigDict, workdir: AnyPath, profile_steps: range = range(0)
 ) -> dict[str, Any]:
@@ -255,35 +297,23 @@ def train(
     clock = Clock()
     keep_programs(config.compiler)
     with cli.usage_errors():
-        config.wandb.check()
-        mesh = make_mesh(config.mesh)
-        task = TASKS[config.model.task]
-        facts = task.check_data(config.data, config.model)
-        notices = [shortage(config.data, config.batch_size, jax.process_count())]
-        step = make_step(config, mesh)
-        rows = local_rows(mesh, config.batch_size)
-        examples = task.make_train_iterator(config.data, config.batch_size, config.seed, rows=rows)
-        test_batches = task.make_eval_batches(config.data, config.data.test_split, config.batch_size)
-        lowered = step.loop.train.lower(step.loop.abstract_state, step.abstract_batch)
-        initial = plan_start(config, step, workdir)
-        differences, lock = open_workdir(workdir, table)
+        run = prepare(config, table, workdir)
+        train_step = compile_step(run.lowered, run.step.compiler_options)
+    task, step, examples, test_batches = run.task, run.step, run.examples, run.test_batches
     if hosts.is_first():
-        write_json(workdir / "environment.json", environment(mesh))
-    hosts.say(*(f"the config differs from the one that began this run: {difference}" for difference in differences))
-    hosts.say(*(f"{name}: {value}" for name, value in facts.items()))
-    notices.append(caution(config.model, config.moe, config.router))
-    hosts.say(*filter(None, notices))
-    with cli.usage_errors():
-        train_step = compile_step(lowered, step.compiler_options)
+        write_json(workdir / "environment.json", environment(run.mesh))
 
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    state, is_resumed = begin(config, step, checkpoints, examples, initial)
+    state, is_resumed = begin(config, step, checkpoints, examples, run.initial)
     start = index = int(state.step)
     state = step.loop.enter(state)
 
     tracker = Tracker(config.wandb, table.to_dict(), workdir)
     writer, progress = MetricsWriter(workdir, start, tracker), Progress(config.steps, start)
-    profile, rates = Profile(profile_steps, workdir / "profile"), Rates(config, step, mesh, start)
+    profile, rates = (
+        Profile(profile_steps, workdir / "profile"),
+        Rates(config, step.abstract_state.variables, run.mesh, start),
+    )
     saves = Saves(checkpoints, config.checkpoint, start if is_resumed else None)
     watch = Watch(config, workdir, examples.indices)
     blocks, test = config.model.moe_blocks, dict[str, float]()
@@ -296,7 +326,7 @@ def train(
             place, batch = examples.get_state(), next(examples)
             watchdog.hear(f"running step {index}")
             with jax.profiler.StepTraceAnnotation("train", step_num=index):
-                state, metrics = train_step(state, to_devices(batch, tuple(step.abstract_batch), mesh))
+                state, metrics = train_step(state, to_devices(batch, tuple(step.abstract_batch), run.mesh))
             watch.add(index, place, metrics)
             if profile.end(index, metrics):
                 hosts.say(f"profile written: xprof --logdir={workdir / 'profile'}")
@@ -305,7 +335,7 @@ def train(
             is_logged = is_stopping or is_due(index, config.log_every, config.steps)
             if is_logged:
                 metrics = jax.device_get(metrics)
-                values = log_values(metrics, config) | rates.since_last(index) | clock.values()
+                values = log_values(metrics, blocks) | rates.since_last(index) | clock.values()
                 values |= {"data/skipped": examples.skipped} if examples.skipped else {}
                 writer.write(index, values, layer_loads(metrics["moe"], blocks.start, blocks.step))
                 progress.log(index, values["train/loss"], values["examples_per_second"])
@@ -333,34 +363,30 @@ def train(
             with clock.spent("checkpoint"):
                 saves.complete(index, step.loop.leave(state), examples.get_state())
             writer.write(index, clock.values())
-    for part in (profile, progress, writer, examples, checkpoints, *([] if lock is None else [lock])):
+    for part in (profile, progress, writer, examples, checkpoints, *([] if run.lock is None else [run.lock])):
         part.close()
     if gave_up:
         raise cli.Failure(gave_up)
     if is_stopping:
         raise cli.Stopped(f"told to stop: saved after step {index} of {config.steps}; the same command goes on.")
 
-    test = test or task.evaluate(step.predict, step.loop.leave(state.variables), test_batches)
+    return finish(run, config, workdir, int(state.step), step.loop.leave(state.variables), test)
+
+
+def finish(
+    run: Run, config: Config, workdir: AnyPath, step: int, variables: Variables, test: dict[str, float]
+) -> dict[str, Any]:
+    """Writes and returns what result.json holds, and writes the report. test: measures after this step, if known."""
     result = {
-        "step": int(state.step),
-        **flatten(test, "test"),
-        **facts,
-        "params/sha256": params_sha256(step.loop.leave(state.variables.params)),
+        "step": step,
+        **flatten(test or run.task.evaluate(run.step.predict, variables, run.test_batches), "test"),
+        **run.facts,
+        "params/sha256": params_sha256(variables.params),
     }
     if hosts.is_first():
         write_json(workdir / "result.json", result)
-    write_report(config, workdir, step.loop.leave(state.variables), test_batches, mesh)
+    write_report(config, workdir, variables, run.test_batches, run.mesh)
     return result
-
-
-def plan_start(config: Config, step: Step, workdir: AnyPath) -> Initial | None:
-    """What `config.init_from` gives, where there is no checkpoint to go on from."""
-    if not config.init_from:
-        return None
-    if complete_steps(workdir / "checkpoints"):
-        hosts.say(f"{workdir} has checkpoints of its own: nothing is taken from init_from = {config.init_from}")
-        return None
-    return plan_initial(config, step.abstract_state.variables)
 
 
 def begin(
@@ -384,41 +410,9 @@ def begin(
     return state._replace(variables=load_initial(initial, state.variables)), False
 
 
-class Rates:
-    """Speed between log points: examples and tokens a second, and of the chips' peak what the model itself needs."""
-
-    def __init__(self, config: Config, step: Step, mesh: Mesh, start: int) -> None:
-        self._examples = config.batch_size
-        self._tokens = analytic.tokens_per_step(config)
-        self._flops = analytic.active_flops(config, step.abstract_state.variables)
-        self._peak = mesh.size * peak_flops(mesh.devices.flat[0].device_kind)
-        self._last, self._time = start, time.monotonic()
-
-    def since_last(self, step: int) -> dict[str, float]:
-        """examples_per_second, tokens_per_second and, of devices whose peak is known, mfu (PaLM, 2204.02311)."""
-        now = time.monotonic()
-        steps_per_second = (step - self._last) / (now - self._time)
-        self._last, self._time = step, now
-        speed = {"examples": self._examples, "tokens": self._tokens}
-        values = {f"{name}_per_second": steps_per_second * count for name, count in speed.items()}
-        return values | ({"mfu": steps_per_second * self._flops / self._peak} if self._peak else {})
-
-
 def is_due(step: int, every: int, last: int) -> bool:
     """Every so many steps, and after the last; only then if `every` is 0."""
     return step == last or (every > 0 and step % every == 0)
-
-
-def log_values(metrics: dict[str, Any], config: Config) -> dict[str, float]:
-    """One flat table: train/…, router/… (weighted losses, added up over layers), moe/layer_N/…."""
-    blocks = config.model.moe_blocks
-    return {
-        **flatten(metrics["train"], "train"),
-        **flatten(metrics["router"], "router"),
-        **flatten(metrics["guard"], "guard"),
-        **flatten(per_layer(metrics["moe"], blocks.start, blocks.step), "moe"),
-        **flatten(per_layer(metrics["blocks"], first=0, every=1), "blocks"),
-    }
 
 
 def main(argv: Sequence[str]) -> None:

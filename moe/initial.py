@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe.checkpoint import CheckpointError
+from moe.checkpoint import CheckpointError, complete_steps
 from moe.checksums import checksums
 from moe.config import Config, name_of
 from moe.convert.source import Source, SourceArray, VariablePath, name_variables, open_source
-from moe.files import open_path
+from moe.files import AnyPath, open_path
 from moe.layers.block import stacked_blocks
 from moe.models import ModelConfig, Variables
 from moe.ops.upcycle import alter, granularity, group_columns, to_experts
+from moe.parallel import hosts
 from moe.types import GROUP_AXIS, Layout, RouterInputs, Slots
 
 Kind = Literal["kept", "upcycled", "fresh"]
@@ -68,6 +69,16 @@ class Initial(NamedTuple):
     config: Config
     parts: dict[VariablePath, list[Part]]
     dropped: list[Place]
+
+
+def plan_start(config: Config, abstract: Variables, workdir: AnyPath) -> Initial | None:
+    """`plan_initial`, where there is something to begin with and no checkpoint in the workdir to go on from."""
+    if not config.init_from:
+        return None
+    if complete_steps(workdir / "checkpoints"):
+        hosts.say(f"{workdir} has checkpoints of its own: nothing is taken from init_from = {config.init_from}")
+        return None
+    return plan_initial(config, abstract)
 
 
 def plan_initial(config: Config, abstract: Variables) -> Initial:

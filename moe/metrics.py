@@ -218,6 +218,19 @@ def per_layer(metrics: Mapping[str, Any], first: int, every: int) -> dict[str, f
     }
 
 
+def log_values(metrics: Mapping[str, Any], moe_blocks: range) -> dict[str, float]:
+    """A step's metrics as one flat table: train/…, router/… (weighted losses, added up over layers), guard/…,
+    moe/layer_N/…, blocks/layer_N/…. moe_blocks: the blocks with experts.
+    """
+    return {
+        **flatten(metrics["train"], "train"),
+        **flatten(metrics["router"], "router"),
+        **flatten(metrics["guard"], "guard"),
+        **flatten(per_layer(metrics["moe"], moe_blocks.start, moe_blocks.step), "moe"),
+        **flatten(per_layer(metrics["blocks"], first=0, every=1), "blocks"),
+    }
+
+
 def layer_loads(metrics: Mapping[str, Any], first: int, every: int) -> dict[str, Any]:
     """The shares of the experts in the rows, {"layer_3": [E], …}; {} of a model without experts."""
     return {f"layer_{first + every * index}": shares for index, shares in enumerate(metrics.get("expert_load", ()))}

@@ -18,6 +18,7 @@ from moe.checkpoint import Checkpoints
 from moe.config import Config
 from moe.data.pipeline import DataConfig
 from moe.layers.moe import MoeConfig
+from moe.metrics import log_values
 from moe.models import ViTConfig
 from moe.optim import OptimizerConfig
 from moe.parallel.mesh import MeshConfig, make_mesh
@@ -393,4 +394,4 @@ def test_metrics_are_numbered_by_the_blocks_with_experts() -> None:
     config = dataclasses.replace(CONFIG, model=model)
     moe = {"overflow": np.array([0.25, 0.5]), "expert_load": np.array([[0.5, 0.5], [0.75, 0.25]])}
     metrics = {"train": {}, "router": {}, "guard": {}, "moe": moe, "blocks": {}}
-    assert train.log_values(metrics, config) == {"moe/layer_4/overflow": 0.25, "moe/layer_6/overflow": 0.5}
+    assert log_values(metrics, config.model.moe_blocks) == {"moe/layer_4/overflow": 0.25, "moe/layer_6/overflow": 0.5}

@@ -18,7 +18,7 @@ from moe.data import randaugment
 from moe.data.augment import DRAWS as AUGMENT_DRAWS
 from moe.data.augment import uniform
 from moe.data.randaugment import RandAugment
-from moe.data.records import Corrupt, ImageRecords, Rows, check_features
+from moe.data.records import Corrupt, ImageRecords, Rows, Split, check_features
 
 _CROP_DRAWS = 5  # ratio, height, top, left, flip
 
@@ -60,7 +60,7 @@ def is_encoded(builder: tfds.core.DatasetBuilder) -> bool:
     return "image" in features and isinstance(features["image"], tfds.features.Image)
 
 
-class PhotoSplit:
+class PhotoSplit(Split):
     """One split of an image classification set that stores JPEG or PNG, whose examples can be read in any order."""
 
     def __init__(
@@ -100,23 +100,6 @@ class PhotoSplit:
         self._mode = "L" if channels == 1 else "RGB"
         if in_memory:
             self._records.hold(_as_stored)
-
-    def __len__(self) -> int:
-        """How many examples the split holds."""
-        return len(self._records)
-
-    def __repr__(self) -> str:
-        """The set, its version, the split and the size of the images."""
-        return f"PhotoSplit({self._records.name}, size={self._size})"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Height, width and channels of the images."""
-        return self._records.shape
-
-    def check(self) -> str:
-        """See `ImageRecords.check`."""
-        return self._records.check()
 
     def read(self, index: Int[np.ndarray, "B"]) -> Rows:
         """The central crops, float32 in `value_range`, and labels of the examples at these places.

@@ -209,6 +209,30 @@ class ImageRecords(Records):
                 print(f"skipped: {sentence}{more}", flush=True)
 
 
+class Split:
+    """What the splits of images have in common, however these are stored."""
+
+    _records: ImageRecords
+    _size: int
+
+    def __len__(self) -> int:
+        """How many examples the split holds."""
+        return len(self._records)
+
+    def __repr__(self) -> str:
+        """The set, its version, the split and the size of the images."""
+        return f"{type(self).__name__}({self._records.name}, size={self._size})"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Height, width and channels of the images."""
+        return self._records.shape
+
+    def check(self) -> str:
+        """See `ImageRecords.check`."""
+        return self._records.check()
+
+
 def _changed(example: Any, change: Callable[[Any], Any]) -> dict[str, Any]:
     return {"image": change(example["image"]), "label": example["label"]}
 

@@ -19,7 +19,7 @@ from jaxtyping import Float32, Int
 from tensorflow_datasets.core import read_only_builder
 
 from moe.data.digits import Digits
-from moe.data.records import Corrupt, ImageRecords, Rows, check_features
+from moe.data.records import Corrupt, ImageRecords, Rows, Split, check_features
 from moe.data.stdlib import Stdlib
 
 # Sets that this package can write by itself; any other has to be prepared before with tfds's own tools.
@@ -106,7 +106,7 @@ def _check_classes(path: pathlib.Path) -> None:
                 raise ValueError(f"{path} asks for {name}, which isn't of tfds: data sets are read without other code")
 
 
-class ImageSplit:
+class ImageSplit(Split):
     """One split of an image classification set, prepared on disk, whose examples can be read in any order.
 
     Pixels are divided by the largest value that the set knows (`pixel_max` of its metadata, else the largest of an
@@ -147,23 +147,6 @@ class ImageSplit:
         if in_memory:
             self._records.hold(functools.partial(self._decode, 0))
             self._make = _as_held
-
-    def __len__(self) -> int:
-        """How many examples the split holds."""
-        return len(self._records)
-
-    def __repr__(self) -> str:
-        """The set, its version, the split and the size of the images."""
-        return f"ImageSplit({self._records.name}, size={self._size})"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Height, width and channels of the images."""
-        return self._records.shape
-
-    def check(self) -> str:
-        """See `ImageRecords.check`."""
-        return self._records.check()
 
     def read(self, index: Int[np.ndarray, "B"]) -> Rows:
         """The images, float32 in [0, 1], and labels of the examples at these places of the split.
