@@ -158,7 +158,8 @@ def test_the_babysitter_goes_on_after_a_preemption(world: World) -> None:
     world.plan(steps=6, hold_at=3)
     world.scenario(states=["PROVISIONING", "ACTIVE"], preempt_after=8)
     said = world.run("babysit.sh", "--type=v5e-16", "--spot", *RUN, "--every=0", "--", "--config=c.py")
-    assert "moe: lost at step" in said
+    # Which look finds it gone, at the node or at its processes, depends on how quickly each step of the way went.
+    assert re.search(r"moe: (lost|137) at step [012]\n", said)
     assert "moe: 0 at step 6" in said
     created = [call for call in world.calls() if "create" in call]
     assert len(created) == 2
