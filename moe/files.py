@@ -38,6 +38,7 @@ def write_whole(path: AnyPath, text: str) -> None:
 
 
 def describe(error: Exception) -> str:
-    """An exception of a library in one line."""
+    """An exception of a library in one line; of a long one begin and end, where the system's own words stand."""
     reason = " ".join(str(error).split())
-    return f"{type(error).__name__}: {reason[:200]}".removesuffix(".")
+    reason = reason if len(reason) <= 240 else f"{reason[:110]} … {reason[-125:]}"
+    return f"{type(error).__name__}: {reason}".removesuffix(".")

@@ -80,8 +80,8 @@ class Saves:
         ranked = sorted(self._measures, key=lambda step: (sign * self._measures[step], -step))
         return frozenset(ranked[: self._config.keep_best])
 
-    def _settle(self) -> None:
-        """Waits for the save under way; says where it failed, and when it is tried again."""
+    def _settle(self, *, is_end: bool = False) -> None:
+        """Waits for the save under way; says where it failed, and when it is tried again, unless the run ends."""
         if self._under_way is None:
             return
         step, self._under_way = self._under_way, None
@@ -91,11 +91,11 @@ class Saves:
             self._failures += 1
             self._reason = str(error)
             self._retry_at = time.monotonic() + self._delay
-            hosts.say(
-                f"{error} Training goes on; the next try is at the first log point in {self._delay:.0f} s, or at the "
-                f"next checkpoint that is due ({self._failures} failed so far).",
-                error=True,
+            then = (
+                f"Training goes on; the next try is at the first log point in {self._delay:.0f} s, or at the next "
+                f"checkpoint that is due ({self._failures} failed so far)."
             )
+            hosts.say(f"{error}" if is_end else f"{error} {then}", error=True)
             self._delay = min(2 * self._delay, _RETRY_SECONDS[1])
         else:
             self.whole, self._delay = step, _RETRY_SECONDS[0]
@@ -107,7 +107,7 @@ class Saves:
                 time.sleep(_LAST_SECONDS)
             if self._under_way != step:
                 self.save(step, state, position)
-            self._settle()
+            self._settle(is_end=True)
             if self.whole == step:
                 return
         known = "there is no whole checkpoint" if self.whole is None else f"the newest whole one is of {self.whole}"
