@@ -120,11 +120,11 @@ class Evaluation:
         factor = {"capacity_factor": self.wanted.capacity_factor} if self.wanted.capacity_factor else {}
         sha256 = params_sha256(variables.params)
         results = {"evaluation": {"step": step, **measures, **factor, **self.facts, "params/sha256": sha256}}
-        if self.wanted.report:
-            evaluation = results["evaluation"]
-            write_report(self.config, self.workdir, variables, self.batches, self.mesh, evaluation=evaluation)
         if self.wanted.diagnostics:
             results["routing"] = {"step": step, **self.diagnose(variables)}
+        if self.wanted.report:
+            found = (results["evaluation"], results.get("routing"))
+            write_report(self.config, self.workdir, variables, self.batches, self.mesh, *found)
         if self.probe is not None:
             results["few_shot"] = {"step": step, **self.probe.run(self._features, variables)}
         return results
@@ -276,16 +276,17 @@ def describe(results: Mapping[str, dict[str, Any]]) -> list[str]:
     """What is found of one checkpoint, for the terminal."""
     values = results["evaluation"]
     lines = []
+    width = max(16, *map(len, values))
     for name, value in values.items():
         if name.endswith(("_low", "_high")):
             continue
         ends = [f"{values[f'{name}_{end}']:.4f}" for end in ("low", "high") if f"{name}_{end}" in values]
-        lines.append(f"{name:<16} {value}" + (f"  [{', '.join(ends)}]" if ends else ""))
+        lines.append(f"{name:<{width}} {value}" + (f"  [{', '.join(ends)}]" if ends else ""))
     for layer, found in results.get("routing", {}).get("layers", {}).items():
         shown = ("max_violation", "dead_experts", "entropy", "experts_per_token", "topk_jaccard", "changed_sets")
-        lines.append(f"{layer:<16} " + ", ".join(f"{n} {found[n]:.4g}" for n in shown if found.get(n) is not None))
+        lines.append(f"{layer:<{width}} " + ", ".join(f"{n} {found[n]:.4g}" for n in shown if found.get(n) is not None))
     for count, found in results.get("few_shot", {}).get("shots", {}).items():
-        lines += [f"{count + '-shot':<16} {found['accuracy']:.4f}"] if found else []
+        lines += [f"{count + '-shot':<{width}} {found['accuracy']:.4f}"] if found else []
     return lines
 
 

@@ -171,6 +171,16 @@ def heat_strip(title: str, steps: Sequence[int], load: Float[np.ndarray, "S E"])
     )
 
 
+def heat_square(title: str, cosine: Float[np.ndarray, "E E"]) -> str:
+    """A figure of experts × experts, from 0 (and what is below) to 1."""
+    what = f"experts 0 to {len(cosine) - 1} in both directions; dark is 0, bright is 1"
+    picture = data_uri(heat_picture(cosine * HOTTEST))
+    return (
+        f'<figure><b>{escape(title)}</b><img class="heat" style="aspect-ratio:1;max-width:14rem" '
+        f'alt="{escape(f"{title}: {what}")}" src="{picture}"><figcaption>{escape(what)}</figcaption></figure>'
+    )
+
+
 def heat_slider(steps: Sequence[int], load: Float[np.ndarray, "S N E"], names: Sequence[str]) -> str:
     """A figure of all layers, a row for each, and a slider over the log points."""
     keep = thin(len(steps), _COLUMNS if load[0].size <= 1024 else 20)

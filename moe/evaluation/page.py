@@ -28,6 +28,7 @@ p, figcaption { color: var(--soft); margin: .25rem 0 .75rem; }
 th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
 td.wrap { white-space: normal; min-width: 10rem; } th { font-weight: 600; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: .75rem; }
+.scroll + .charts { margin-top: .75rem; }
 figure { margin: 0; padding: .75rem; background: var(--card); border-radius: .5rem; min-width: 0; }
 figure > b { display: block; }
 svg { display: block; width: 100%; height: auto; overflow: visible; touch-action: pan-y; }
@@ -118,8 +119,12 @@ def section(title: str, *parts: str, note: str = "") -> str:
     """A heading, a note and what stands under it; nothing where there is nothing."""
     if not any(parts):
         return ""
-    notes = f"<p>{escape(note)}</p>" if note else ""
-    return f"<section>\n<h2>{escape(title)}</h2>\n{notes}\n" + "\n".join(parts) + "\n</section>"
+    return f"<section>\n<h2>{escape(title)}</h2>\n{paragraph(note)}\n" + "\n".join(parts) + "\n</section>"
+
+
+def paragraph(text: str) -> str:
+    """A text under a heading; nothing where there is none."""
+    return f"<p>{escape(text)}</p>" if text else ""
 
 
 def table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:

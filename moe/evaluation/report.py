@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from moe.config import Config, name_of
 from moe.data.text import TextConfig
 from moe.data.tokenizer import open_tokenizer
-from moe.evaluation.charts import Series, heat_scale, heat_slider, heat_strip, line_chart, number
+from moe.evaluation.charts import Series, heat_scale, heat_slider, heat_square, heat_strip, line_chart, number
 from moe.evaluation.examples import Examples, trace_examples
-from moe.evaluation.page import details, facts, page, section
+from moe.evaluation.page import details, facts, page, paragraph, section, table
 from moe.evaluation.taken import pictures, texts
 from moe.files import AnyPath, describe, write_whole
 from moe.models import Batch, Variables, ViTConfig
@@ -40,6 +40,22 @@ _LAYERS = {
     "overflow": "Share of choices dropped",
     "experts_per_token": "Experts per token",
 }
+# Of routing.json, and what they are called; see `moe.evaluation.routing.measure`.
+_MEASURES = {
+    "load_cv": "load: standard deviation over mean",
+    "max_violation": "load: largest over the mean, minus 1",
+    "dead_experts": "experts without a token",
+    "entropy": "entropy of the router, nats",
+    "overflow": "share of choices dropped",
+    "experts_per_token": "experts per token",
+    "topk_same": "tokens with exactly the k highest logits",
+    "topk_jaccard": "overlap with the k highest logits",
+    "weight_outside_topk": "weight outside of these",
+    "mutual_information": "nats that an expert tells of the {}",
+    "changed_sets": "tokens whose experts changed",
+    "changed_first": "tokens whose first expert changed",
+}
+_SIMILARITIES = {"choice": "tokens that chose them", "parameter": "parameters"}
 _MAIN = (
     "seed",
     "steps",
@@ -65,11 +81,13 @@ def write_report(
     batches: Iterable[Batch],
     mesh: Mesh,
     evaluation: Mapping[str, Any] | None = None,
+    routing: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes report.html of the files in the workdir and of how the first examples of `batches` are routed.
 
     Every process has to call it; the first writes. evaluation: measures of another evaluation than result.json's.
-    What can't be computed or written for want of space is said, and is no reason for a run to fail.
+    routing: what routing.json holds. What isn't there is said, and so is what can't be computed or written for want of
+    space; that is no reason for a run to fail.
     """
     examples = None
     try:
@@ -78,17 +96,24 @@ def write_report(
         hosts.say(f"the report shows no examples: {describe(error)}", error=True)
     if not hosts.is_first():
         return
+    if missing := list(filter(None, (_missing(config, workdir, name) for name in _FILES))):
+        hosts.say(f"{workdir / 'report.html'}: {'; '.join(missing)}")
     try:
-        write_whole(workdir / "report.html", report_page(config, workdir, examples, evaluation))
+        write_whole(workdir / "report.html", report_page(config, workdir, examples, evaluation, routing))
     except OSError as error:
         hosts.say(f"{workdir / 'report.html'} can't be written: {describe(error)}", error=True)
 
 
 def report_page(
-    config: Config, workdir: AnyPath, examples: Examples | None, evaluation: Mapping[str, Any] | None = None
+    config: Config,
+    workdir: AnyPath,
+    examples: Examples | None,
+    evaluation: Mapping[str, Any] | None = None,
+    routing: Mapping[str, Any] | None = None,
 ) -> str:
     """The page as HTML, of the workdir's JSON files and lines, where they exist."""
     lines = read_lines(workdir / "metrics.jsonl")
+    no_lines, no_load = (_missing(config, workdir, name) for name in _FILES)
     names = layer_names(config)
     result, stored = (_read_table(workdir / f"{name}.json") for name in ("result", "config"))
     task = f"{name_of(config.router) or 'router'}, {config.data.name}"
@@ -98,9 +123,14 @@ def report_page(
         (
             section("Result", facts(_short(result)) if result else ""),
             section("Evaluation", facts(_short(evaluation)) if evaluation else ""),
-            section("Learning curves", _charts([*_curves(lines, _CURVES), *_own(lines)])),
-            section("Load of the experts", *_heat(read_lines(workdir / "load.jsonl"), config.moe.num_experts)),
+            section("Learning curves", _charts([*_curves(lines, _CURVES), *_own(lines)]), paragraph(no_lines)),
+            section(
+                "Load of the experts",
+                *_heat(read_lines(workdir / "load.jsonl"), config.moe.num_experts),
+                paragraph(no_load),
+            ),
             section("Routing", _charts(_layer_charts(lines))),
+            section("Routing of the test set", *_diagnostics(routing["layers"]) if routing else ()),
             section("What the experts take", _taken(config, examples, names), note=_NOTE),
             section("Throughput", facts(_speed(lines)), _charts(_curves(lines, _SPEEDS))),
             section(
@@ -115,6 +145,17 @@ _NOTE = (
     "The first examples of the test set as they are evaluated, a view for each layer with experts. The colour is that "
     "of the expert with the largest weight; all are named under the pointer."
 )
+
+
+# What the page's curves are made of, and what it lacks where there are none.
+_FILES = {"metrics.jsonl": "learning curves", "load.jsonl": "load of the experts over time"}
+
+
+def _missing(config: Config, workdir: AnyPath, name: str) -> str:
+    """A sentence where the file has nothing for the page, though the run should have written it."""
+    if read_lines(workdir / name) or (name == "load.jsonl" and not config.model.moe_every):
+        return ""
+    return f"no {_FILES[name]}, as {workdir / name} has no line of a step"
 
 
 def layer_names(config: Config) -> list[str]:
@@ -185,9 +226,9 @@ def _heat(lines: Sequence[Mapping[str, Any]], num_experts: int) -> list[str]:
     tables = [line["load"] for line in lines if isinstance(line.get("load"), dict)]
     names = list(tables[0]) if tables else []
     steps, loads = [], []
-    for line, table in zip(lines, tables, strict=False):
+    for line, shares in zip(lines, tables, strict=False):
         try:
-            load = np.array([table[name] for name in names], np.float64)
+            load = np.array([shares[name] for name in names], np.float64)
         except (KeyError, TypeError, ValueError):
             continue
         if load.shape == (len(names), num_experts) and load.size:
@@ -199,10 +240,36 @@ def _heat(lines: Sequence[Mapping[str, Any]], num_experts: int) -> list[str]:
     called = [name.replace("_", " ") for name in names]
     strips = [heat_strip(name, steps, stack[:, index]) for index, name in enumerate(called)]
     return [
-        "<p>Share of the rows over an even share.</p>",
+        paragraph("Share of the rows over an even share."),
         heat_scale(),
         _charts([heat_slider(steps, stack, called), *strips]),
     ]
+
+
+def _diagnostics(layers: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The measures of every layer, how many experts tokens had, and which experts are alike."""
+    rows = []
+    for name, title in _MEASURES.items():
+        found = [layer.get(name) for layer in layers.values()]
+        kinds = list(found[0]) if isinstance(found[0], dict) else [None]
+        for kind in kinds:
+            values = [value[kind] if isinstance(value, dict) else value for value in found]
+            if any(value is not None for value in values):
+                shown = ["-" if value is None else number(value) for value in values]
+                rows.append([title.format(kind), *shown])
+    called = [name.replace("_", " ") for name in layers]
+    counts = [
+        Series(name, list(range(len(shares))), shares, index)
+        for index, (name, shares) in enumerate(
+            zip(called, (layer["experts_per_token_histogram"] for layer in layers.values()), strict=True)
+        )
+    ]
+    squares = [
+        heat_square(f"{name}: similarity of experts by {what}", np.array(layer[f"{key}_similarity"]))
+        for name, layer in zip(called, layers.values(), strict=True)
+        for key, what in _SIMILARITIES.items()
+    ]
+    return [table(["", *called], rows), _charts([line_chart("Tokens by their number of experts", counts), *squares])]
 
 
 def _taken(config: Config, examples: Examples | None, names: Sequence[str]) -> str:
@@ -228,7 +295,14 @@ def _speed(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _short(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in values.items()}
+    """Numbers as they are read, an interval beside its measure."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if not key.endswith(("_low", "_high")):
+            ends = [values[f"{key}_{end}"] for end in ("low", "high") if f"{key}_{end}" in values]
+            interval = f" [{', '.join(f'{end:.4g}' for end in ends)}]" if ends else ""
+            found[key] = f"{value:.5g}{interval}" if isinstance(value, float) else value
+    return found
 
 
 def _main(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -151,7 +151,33 @@ def test_the_page_of_a_folder_with_nothing_in_it_is_a_page(tmp_path: Path) -> No
     config = make_workdir(tmp_path, "digits")
     for path in tmp_path.iterdir():
         path.unlink()
-    parse_page(report_page(config, tmp_path, None))
+    text = parse_page(report_page(config, tmp_path, None)).text
+    for name, what in (("metrics", "learning curves"), ("load", "load of the experts over time")):
+        assert f"no {what}, as {tmp_path / name}.jsonl has no line of a step" in text
+
+
+def test_the_page_shows_the_routing_of_the_test_set(tmp_path: Path) -> None:
+    config = make_workdir(tmp_path, "digits")
+    layer = {
+        "load_cv": 0.5,
+        "max_violation": None,
+        "mutual_information": {"class": 0.25},
+        "experts_per_token_histogram": [0, 0.25, 0.75],
+        "choice_similarity": np.eye(2).tolist(),
+        "parameter_similarity": [[1, -0.1], [-0.1, 1]],
+    }
+    routing = {"layers": {"layer_1": layer, "layer_3": layer | {"max_violation": 1.5}}}
+    shown = parse_page(report_page(config, tmp_path, None, routing=routing))
+    for row in ("mean0.50.5", "minus 1-1.5", "tells of the class0.250.25"):
+        assert row in shown.text.replace("\n", ""), row
+    assert shown.text.count("similarity of experts by parameters") == 2
+    assert "tokens whose experts changed" not in shown.text
+
+
+def test_an_interval_stands_beside_its_measure(tmp_path: Path) -> None:
+    config = make_workdir(tmp_path, "digits")
+    evaluation = {"test/loss": 0.5, "test/loss_low": 0.25, "test/loss_high": 0.75, "step": 6}
+    assert "test/loss0.5 [0.25, 0.75]" in parse_page(report_page(config, tmp_path, None, evaluation)).text
 
 
 def test_pieces_are_what_each_token_adds() -> None:
