@@ -74,6 +74,7 @@ def use_wheel(path: Path) -> None:
             [python, "-c", IMPORT_ALL],
             [python, "-m", "moe.convert", "--help"],
             [python, "-m", "moe.generate", "--help"],
+            [python, "-m", "moe.harness", "--help"],
         ):
             silent = command[-1] == "--help"
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=silent, check=False)
