@@ -173,15 +173,15 @@ class Evaluation:
         return jax.jit(routing.parameter_gram, out_shardings=replicated(self.mesh))
 
     def _cost(self, variables: Variables, layers: Mapping[str, Any]) -> dict[str, float]:
-        """FLOPs of a token's products, by the experts that tokens had here; measured seconds of a whole batch.
+        """FLOPs of a token's products, by the rows that experts had here; measured seconds of a whole batch.
 
-        flops_per_token: forward. expert_flops_per_token: of these, the routed experts'. seconds_per_batch: of the
-        scores of a batch, reading it not included. router_seconds_per_batch: of the gates and routers of all layers.
+        experts_per_token: rows of experts for a token, the mean over layers; where they are slots, fewer than the
+        experts that it reads. flops_per_token: forward. expert_flops_per_token: of these, the routed experts'.
+        seconds_per_batch: of the scores of a batch, reading it not included. router_seconds_per_batch: of the gates and
+        routers of all layers.
         """
         config, model = self.config, self.config.model
-        experts = analytic.experts_per_token(config)
-        if config.router.k is not None:
-            experts = float(np.mean([layer["experts_per_token"] for layer in layers.values()]))
+        experts = float(np.mean([layer["rows_per_token"] for layer in layers.values()]))
         flops, rest = (analytic.forward_flops(config, self.abstract, many) for many in (experts, 0.0))
         length = analytic.tokens_per_step(config) // config.batch_size
         shape = (config.batch_size, length, model.width)

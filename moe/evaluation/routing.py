@@ -1,7 +1,7 @@
 """What a trained router does over a whole set, layer by layer: sums in the compiled forward pass, and measures of them.
 
-A token's experts are those that its router asks for, before any capacity. They are all E with `k` of None, where only
-the combine weights say more; there the weights stand in wherever choices are counted below.
+A token's experts are those that its router asks for, before any capacity. They are all E with `k` of None and with
+slots, where only the combine weights say more; there the weights stand in wherever choices are counted below.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,8 @@ class Chosen(NamedTuple):
 class RoutingSums(NamedTuple):
     """Sums over the tokens of a batch that aren't padding, of one layer or of layers along a leading axis.
 
-    tokens, choices, kept: how many; kept are the choices that found a place.
+    tokens, choices, kept: how many; kept are the choices that found a place. rows: what the experts work on, kept
+        choices or slots that hold something.
     load: choices of each expert; of soft slots the dispatch weight in its slots. histogram: tokens with 0 to E experts.
     entropy: of a token's distribution over experts, see `measure`. weight: all combine weights.
     same, jaccard, outside: against the k highest logits: tokens with exactly these experts; |both| / |either|; weight
@@ -41,6 +42,7 @@ class RoutingSums(NamedTuple):
     tokens: Float[Array, "*N"]
     choices: Float[Array, "*N"]
     kept: Float[Array, "*N"]
+    rows: Float[Array, "*N"]
     load: Float[Array, "*N E"]
     histogram: Float[Array, "*N E_1"]
     entropy: Float[Array, "*N"]
@@ -88,8 +90,9 @@ def layer_sums(
     had = chosen(observed, num_experts)
     mask_T = observed.mask.reshape(-1)
     chosen_TE, weight_TE = (part.reshape(-1, num_experts) for part in had)
-    choice_TE = weight_TE if k is None else chosen_TE.astype(jnp.float32)
-    is_slots = isinstance(observed.routing, Slots)
+    routing = observed.routing
+    is_slots = isinstance(routing, Slots)
+    choice_TE = weight_TE if k is None or is_slots else chosen_TE.astype(jnp.float32)
     tokens = jnp.sum(mask_T, dtype=jnp.float32)
     logits_TX = observed.logits.reshape(len(mask_T), -1)
     has_logits = not is_slots and logits_TX.shape[1] == num_experts
@@ -113,11 +116,17 @@ def layer_sums(
         name: jnp.zeros((size, num_experts), jnp.float32).at[value_BL.reshape(-1)].add(choice_TE)
         for name, (value_BL, size) in attributes.items()
     }
-    routing, all_choices = observed.routing, tokens * num_experts
+    if isinstance(routing, Slots):
+        choices = kept = tokens * num_experts
+        rows = jnp.sum(jnp.any(routing.dispatch > 0, axis=1), dtype=jnp.float32)
+    else:
+        choices, kept = (jnp.sum(count_G).astype(jnp.float32) for count_G in (routing.choices, observed.kept))
+        rows = kept
     return RoutingSums(
         tokens=tokens,
-        choices=all_choices if isinstance(routing, Slots) else jnp.sum(routing.choices).astype(jnp.float32),
-        kept=all_choices if is_slots else jnp.sum(observed.kept).astype(jnp.float32),
+        choices=choices,
+        kept=kept,
+        rows=rows,
         load=expert_load(routing, num_experts),
         histogram=jnp.sum(is_count_TE, axis=0, dtype=jnp.float32),
         entropy=jnp.sum(jnp.where(mask_T, entropy_T, 0.0)),
@@ -181,12 +190,13 @@ def measure(
 ) -> dict[str, Any]:
     """The measures of one layer, of its sums over a whole set in float64; None where one isn't defined.
 
-    load: each expert's share of the choices. load_cv: standard deviation over mean of the loads. max_violation: largest
-        load over the mean, minus 1 (MaxVio of Wang et al. 2024, 2408.15664). dead_experts: with no choice.
+    load: each expert's share of the choices. load_cv: standard deviation of the loads (of the E, not an estimate by
+        E - 1) over their mean. max_violation: largest load over the mean, minus 1 (MaxVio of Wang et al. 2024,
+        2408.15664). dead_experts: with no choice.
     load_entropy: of `load`, in nats. entropy: mean over tokens of the entropy in nats of softmax(logits); of the
         combine weights over their sum where the gate has no logit per expert.
     overflow: share of the choices that found no place. experts_per_token: choices per token; …_histogram: shares of
-        tokens with 0, …, E experts.
+        tokens with 0, …, E experts. rows_per_token: of the rows that experts work on: kept choices, or filled slots.
     topk_same: share of tokens whose experts are exactly those of the k highest logits, ties to the lower index.
     topk_jaccard: mean over tokens of |both| / |either|. weight_outside_topk: combine weight of experts outside these k,
         over all.
@@ -195,8 +205,9 @@ def measure(
         large by about mutual_information_bias (Miller 1955), (cells - experts - values + 1) / (2 · choices), cells,
         experts and values counted where there is one.
     choice_similarity, weight_similarity, parameter_similarity [E, E]: cosines between experts of which tokens chose
-        them (1: always together), of the tokens' combine weights, and of their parameters; 0 beside a dead expert.
-        Their means are over pairs of different experts.
+        them (1: always together), of the tokens' combine weights, and of their parameters, entry by entry, so that the
+        same units in another order don't count as similar; 0 beside a dead expert. Means are over pairs of different
+        experts.
     changed_sets, changed_first: see `Changes`, as shares of the tokens.
     """
     sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
@@ -218,6 +229,7 @@ def measure(
         "overflow": float(1 - sums.kept / sums.choices) if sums.choices else None,
         "experts_per_token": float(sums.choices) / tokens,
         "experts_per_token_histogram": (sums.histogram / tokens).tolist(),
+        "rows_per_token": float(sums.rows) / tokens,
         "topk_same": None if sums.same is None else float(sums.same) / tokens,
         "topk_jaccard": None if sums.jaccard is None else float(sums.jaccard) / tokens,
         "weight_outside_topk": None if sums.outside is None or not sums.weight else float(sums.outside / sums.weight),

@@ -12,13 +12,18 @@ from moe.evaluation import routing
 from moe.layers.moe import MoeConfig
 from moe.models import ViTConfig, make_model
 from moe.parallel.mesh import MeshConfig, batch_sharding, make_mesh, replicated
-from moe.routers import ROUTERS, Router, Softmax, SparseTopK
+from moe.routers import ROUTERS, Router, Softmax, SparseTopK, SuccessiveHalving
 from moe.types import Assignments, Layout, Observed, RouterInputs, Slots
 from tests.oracles import diagnostics as oracle
 from tests.routers.helpers import COMPILER_OPTIONS
 
 GROUPS, TOKENS, EXPERTS, VALUES = 2, 12, 5, 3
 GRAM = np.eye(EXPERTS)
+CASES: dict[str, Router] = {
+    **{name: router() for name, router in ROUTERS.items()},
+    "sparse_topk of tokens": SparseTopK(choice="expert"),
+    "successive_halving of tokens": SuccessiveHalving(over="tokens"),
+}
 
 
 def observed_of(router: Router, mask_GT: np.ndarray) -> Observed:
@@ -51,9 +56,9 @@ def dense(observed: Observed) -> tuple[np.ndarray, np.ndarray]:
     return chosen, weight
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", CASES)
 def test_measures_of_every_router_are_those_of_loops_over_its_tokens(name: str) -> None:
-    router = ROUTERS[name]()
+    router = CASES[name]
     mask_GT = np.arange(GROUPS * TOKENS).reshape(GROUPS, TOKENS) % 7 != 3
     observed = observed_of(router, mask_GT)
     value_GT = np.random.default_rng(1).integers(0, VALUES, (GROUPS, TOKENS)).astype(np.int32)
@@ -63,12 +68,16 @@ def test_measures_of_every_router_are_those_of_loops_over_its_tokens(name: str) 
     actual = routing.measure(sums, GRAM)
 
     chosen, weight = (part[mask_GT] for part in dense(observed))
-    has_logits = not isinstance(observed.routing, Slots) and observed.logits.shape[-1] == EXPERTS
+    is_slots = isinstance(observed.routing, Slots)
+    has_logits = not is_slots and observed.logits.shape[-1] == EXPERTS
     logits = np.asarray(observed.logits, np.float64)[mask_GT] if has_logits else None
-    expected = oracle.measures(chosen, weight, logits, router.k, {"class": value_GT[mask_GT].tolist()})
-    if name == "soft":  # loads are dispatch weights, equal by construction, and tokens have all experts
+    k = None if is_slots else router.k
+    expected = oracle.measures(chosen, weight, logits, k, {"class": value_GT[mask_GT].tolist()})
+    if is_slots:  # loads are dispatch weights, equal by construction, and tokens have all experts
         assert actual["load"] == pytest.approx([1 / EXPERTS] * EXPERTS)
         expected |= {"load": actual["load"], "load_cv": 0.0, "max_violation": 0.0}
+        # Of 24 tokens, 4 of them padding, 10 slots a group for k = 2, and 5 for one slot an expert.
+        expected |= {"rows_per_token": GROUPS * {"soft": EXPERTS}.get(name, 5 * EXPERTS) / mask_GT.sum()}
     for measure, value in expected.items():
         if isinstance(value, list):
             np.testing.assert_allclose(actual[measure], value, rtol=1e-5, atol=2e-6, err_msg=measure)
@@ -103,6 +112,7 @@ def test_measures_by_hand() -> None:
     assert measures["load_entropy"] == pytest.approx(np.log(2))
     assert measures["overflow"] == pytest.approx(2 / 5)
     assert measures["experts_per_token"] == 5 / 4
+    assert measures["rows_per_token"] == 3 / 4
     assert measures["experts_per_token_histogram"] == [1 / 4, 2 / 4, 1 / 4, 0]
     # Token 0 has experts 0 and 1 beside the best, 0; token 1 has 0 and not 2; 2 has the best; 3, of ties, has none.
     assert measures["topk_same"] == 1 / 4

@@ -15,7 +15,10 @@ def measures(
     k: int | None,
     attributes: Mapping[str, Sequence[int]],
 ) -> dict[str, Any]:
-    """Of tokens none of which is padding. logits_TE: None where the gate has no logit per expert; k: None: all."""
+    """Of tokens none of which is padding, without queues.
+
+    logits_TE: None where the gate has no logit per expert; k: None: all, with more or less weight.
+    """
     num_tokens, num_experts = chosen_TE.shape
     taken = [[e for e in range(num_experts) if chosen_TE[t, e]] for t in range(num_tokens)]
     count = [[weight_TE[t, e] if k is None else float(e in taken[t]) for e in range(num_experts)]
@@ -28,6 +31,7 @@ def measures(
         "max_violation": max(loads) / mean - 1,
         "dead_experts": sum(load == 0 for load in loads),
         "experts_per_token": sum(map(len, taken)) / num_tokens,
+        "rows_per_token": sum(map(len, taken)) / num_tokens,
         "experts_per_token_histogram": [
             sum(len(some) == n for some in taken) / num_tokens for n in range(num_experts + 1)
         ],
