@@ -20,7 +20,8 @@ class Predictions(NamedTuple):
     """Of each of n units its P predictions, of which `keep` counts.
 
     nll: -log p(answer), in nats. correct, top5: whether the answer is the likeliest, or among the likeliest five.
-    confidence: the highest probability. size: bytes of the answer, where these are text.
+    confidence: the highest probability; NaN, of a model that has diverged, means that nothing is the likeliest and
+    neither of these holds. size: bytes of the answer, where these are text.
     """
 
     nll: Float[np.ndarray, "n P"]
@@ -36,11 +37,12 @@ def unit_rows(predictions: Predictions) -> Float[np.ndarray, "n M"]:
 
     Bins are ((m - 1) / 15, m / 15], as in Guo et al. 2017 (1706.04599), section 2.
     """
-    keep = predictions.keep
+    keep, has_order = predictions.keep, ~np.isnan(predictions.confidence)
     confidence = np.where(keep, np.asarray(predictions.confidence, np.float64), 0.0)
-    missed = np.where(keep, predictions.correct - confidence, 0.0)
+    correct, top5 = predictions.correct & has_order, predictions.top5 & has_order
+    missed = np.where(keep, correct - confidence, 0.0)
     place = np.clip(np.ceil(np.nan_to_num(confidence) * BINS).astype(int) - 1, 0, BINS - 1)
-    parts = (np.ones_like(keep), predictions.nll, predictions.correct, predictions.top5, predictions.size)
+    parts = (np.ones_like(keep), predictions.nll, correct, top5, predictions.size)
     sums = [np.where(keep, np.asarray(part, np.float64), 0.0).sum(axis=1) for part in parts]
     return np.stack(sums + [np.where(place == m, missed, 0.0).sum(axis=1) for m in range(BINS)], axis=1)
 

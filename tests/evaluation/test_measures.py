@@ -118,5 +118,7 @@ def test_a_model_that_has_diverged_is_measured_without_a_warning() -> None:
     logits, labels = make_logits()
     found = run(np.full_like(logits, np.nan), labels, 8)
     assert np.isnan(found["loss"])
+    # What is not in any order has no likeliest answers, and no label is among them.
+    assert found["accuracy"] == found["top5_accuracy"] == 0
     assert np.isnan(found["ece"])
     assert np.isnan(found["loss_low"])
