@@ -113,6 +113,8 @@ def test_an_estimate_shows_two_digits_of_its_error() -> None:
     assert str(estimate([0.25])) == "0.25"
     assert str(estimate([3.0, 3.0])) == "3 ± 0"
     assert str(estimate([1000.0, 2000.0])) == "1,500 ± 500"
+    # One scan of 360 more in every seed: the rounding of these differences is no error of anything.
+    assert str(estimate([(n + 1) / 360 - n / 360 for n in (99, 299, 320)])) == "0.002778 ± 0"
 
 
 def test_what_does_not_compare_is_one_sentence(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,9 +8,15 @@ from typing import Any, NamedTuple
 from moe.compare.runs import Group, Run
 from moe.evaluation.charts import number
 
+# Of values about 1: what differs by less is equal but for the rounding of float64.
+_ROUNDING = 1e-12
+
 
 class Estimate(NamedTuple):
-    """A mean of `number` values, and its standard error: their standard deviation over √count, NaN for a single one."""
+    """A mean of `number` values, and its standard error: their standard deviation, of n - 1, over √number.
+
+    That of a single value is NaN.
+    """
 
     mean: float
     error: float
@@ -20,7 +26,7 @@ class Estimate(NamedTuple):
         """0.9694 ± 0.0016: as many places as the error has with two digits."""
         if not math.isfinite(self.error):
             return number(self.mean)
-        if self.error == 0:
+        if self.error <= _ROUNDING * max(1.0, abs(self.mean)):
             return f"{number(self.mean)} ± 0"
         places = max(0, 1 - math.floor(math.log10(self.error)))
         return f"{self.mean:,.{places}f} ± {self.error:,.{places}f}"
