@@ -115,6 +115,7 @@ def report_page(
     lines = read_lines(workdir / "metrics.jsonl")
     no_lines, no_load = (_missing(config, workdir, name) for name in _FILES)
     names = layer_names(config)
+    no_routing = "" if routing or not names else _NO_ROUTING
     result, stored = (_read_table(workdir / f"{name}.json") for name in ("result", "config"))
     task = f"{name_of(config.router) or 'router'}, {config.data.name}"
     return page(
@@ -130,7 +131,11 @@ def report_page(
                 paragraph(no_load),
             ),
             section("Routing", _charts(_layer_charts(lines))),
-            section("Routing of the test set", *_diagnostics(routing["layers"]) if routing else ()),
+            section(
+                "Routing of the test set",
+                *(_diagnostics(routing["layers"]) if routing else ()),
+                paragraph(no_routing),
+            ),
             section("What the experts take", _taken(config, examples, names), note=_NOTE),
             section("Throughput", facts(_speed(lines)), _charts(_curves(lines, _SPEEDS))),
             section(
@@ -146,6 +151,8 @@ _NOTE = (
     "of the expert with the largest weight; all are named under the pointer."
 )
 
+
+_NO_ROUTING = "not measured for this page: evaluate.py --diagnostics --report has it"
 
 # What the page's curves are made of, and what it lacks where there are none.
 _FILES = {"metrics.jsonl": "learning curves", "load.jsonl": "load of the experts over time"}

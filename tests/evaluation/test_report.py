@@ -172,6 +172,15 @@ def test_the_page_shows_the_routing_of_the_test_set(tmp_path: Path) -> None:
         assert row in shown.text.replace("\n", ""), row
     assert shown.text.count("similarity of experts by parameters") == 2
     assert "tokens whose experts changed" not in shown.text
+    assert "--diagnostics" not in shown.text
+
+
+def test_a_page_without_the_routing_of_the_test_set_says_how_to_have_it(tmp_path: Path) -> None:
+    config = make_workdir(tmp_path, "digits")
+    sentence = "not measured for this page: evaluate.py --diagnostics --report has it"
+    assert sentence in parse_page(report_page(config, tmp_path, None)).text
+    dense = dataclasses.replace(config, model=dataclasses.replace(config.model, moe_every=0))
+    assert sentence not in parse_page(report_page(dense, tmp_path, None)).text
 
 
 def test_an_interval_stands_beside_its_measure(tmp_path: Path) -> None:
