@@ -230,12 +230,12 @@ def _layer_charts(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _heat(lines: Sequence[Mapping[str, Any]], num_experts: int) -> list[str]:
     """Heat maps of the load over an even share; nothing where none was logged."""
-    tables = [line["load"] for line in lines if isinstance(line.get("load"), dict)]
-    names = list(tables[0]) if tables else []
+    lines = [line for line in lines if isinstance(line.get("load"), dict)]
+    names = list(lines[0]["load"]) if lines else []
     steps, loads = [], []
-    for line, shares in zip(lines, tables, strict=False):
+    for line in lines:
         try:
-            load = np.array([shares[name] for name in names], np.float64)
+            load = np.array([line["load"][name] for name in names], np.float64)
         except (KeyError, TypeError, ValueError):
             continue
         if load.shape == (len(names), num_experts) and load.size:

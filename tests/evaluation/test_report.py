@@ -189,6 +189,14 @@ def test_an_interval_stands_beside_its_measure(tmp_path: Path) -> None:
     assert "test/loss0.5 [0.25, 0.75]" in parse_page(report_page(config, tmp_path, None, evaluation)).text
 
 
+def test_a_load_stands_at_the_step_of_its_own_line(tmp_path: Path) -> None:
+    config = make_workdir(tmp_path, "digits")
+    load = {"layer_1": [1 / 8] * 8}
+    lines = [{"step": 1, "load": load}, {"step": 2}, {"step": 3, "load": load}]
+    (tmp_path / "load.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "steps 1 to 3; experts 0 to 7" in parse_page(report_page(config, tmp_path, None)).text
+
+
 def test_pieces_are_what_each_token_adds() -> None:
     assert taken.pieces([104, 195, 169, 256, 10], Bytes().decode) == ["h", "\ufffd", "∎", "∎", "\n"]
 
