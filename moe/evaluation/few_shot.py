@@ -1,8 +1,11 @@
 """Few-shot linear probe of frozen features, as ViT (2010.11929, section 4.1) and V-MoE (2106.05974) report it.
 
 Regularised least squares from the features to 1 for the class and -1 for the others. Features are standardised by those
-of the shots, and a constant feature of 100 stands for the bias, so that it is hardly regularised. The regularisation is
-chosen on examples of the training split that are held out.
+of the shots, and a constant feature of 100 stands for the bias, so that it is hardly regularised. So far it is what
+V-MoE's code does. That takes the regularisation of best rank on the test images, on average over several data sets;
+here it is chosen on images of the training split that aren't shots. They are of the classes that are probed: what suits
+few shots depends on how many classes there are, so that other classes, of which small data sets have none to spare,
+would tell another value.
 """
 
 import dataclasses
@@ -25,7 +28,7 @@ _BIAS = 100.0
 
 
 class Examples(NamedTuple):
-    """Features of examples, and their classes."""
+    """features: what the model's head sees of each example. label: its class."""
 
     features: Float[np.ndarray, "N D"]
     label: Int[np.ndarray, "N"]

@@ -209,6 +209,7 @@ def measure(
         same units in another order don't count as similar; 0 beside a dead expert. Means are over pairs of different
         experts.
     changed_sets, changed_first: see `Changes`, as shares of the tokens.
+    Raises ValueError if the set has no token.
     """
     sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
     load_E: Any = sums.load
