@@ -165,3 +165,5 @@ def test_runs_of_train_py_are_swept_and_compared(tmp_path: Path) -> None:
         json.loads((tmp_path / f"{name}-1" / "result.json").read_text())["step"] for name in ("softmax", "sparse_topk")
     ]
     assert steps == [6, 6]
+    again = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert "4 of 4 runs have finished before" in again.stdout
