@@ -14,7 +14,7 @@ import pytest
 from moe.compare.page import html_page
 from moe.evaluation.examples import Examples
 from moe.evaluation.report import report_page
-from tests.evaluation.test_report import make_batch, make_workdir
+from tests.evaluation.test_report import ROUTING, make_batch, make_workdir
 from tests.test_compare import make_run
 
 pytestmark = pytest.mark.browser
@@ -69,7 +69,9 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     config = make_workdir(folder, name, *(["model.patch_size=4"] if kind == "vit" else ["model.depth=2"]))
     length = 4 if kind == "vit" else 8
     expert = np.random.default_rng(0).integers(0, 8, (2, 8, length, 2)).astype(np.int32)
-    path.write_text(report_page(config, folder, Examples(make_batch(kind), expert, np.ones(expert.shape, np.float32))))
+    examples = Examples(make_batch(kind), expert, np.ones(expert.shape, np.float32))
+    # Both pages that there are: with the routing of the test set, and with a sentence in its place.
+    path.write_text(report_page(config, folder, examples, routing=ROUTING if kind == "vit" else None))
     return path
 
 

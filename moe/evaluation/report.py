@@ -236,7 +236,7 @@ def _heat(lines: Sequence[Mapping[str, Any]], num_experts: int) -> list[str]:
     for line in lines:
         try:
             load = np.array([line["load"][name] for name in names], np.float64)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             continue
         if load.shape == (len(names), num_experts) and load.size:
             steps.append(line["step"])

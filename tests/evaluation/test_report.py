@@ -156,18 +156,20 @@ def test_the_page_of_a_folder_with_nothing_in_it_is_a_page(tmp_path: Path) -> No
         assert f"no {what}, as {tmp_path / name}.jsonl has no line of a step" in text
 
 
+LAYER = {
+    "load_cv": 0.5,
+    "max_violation": None,
+    "mutual_information": {"class": 0.25},
+    "experts_per_token_histogram": [0, 0.25, 0.75],
+    "choice_similarity": np.eye(2).tolist(),
+    "parameter_similarity": [[1, -0.1], [-0.1, 1]],
+}
+ROUTING = {"layers": {"layer_1": LAYER, "layer_3": LAYER | {"max_violation": 1.5}}}
+
+
 def test_the_page_shows_the_routing_of_the_test_set(tmp_path: Path) -> None:
     config = make_workdir(tmp_path, "digits")
-    layer = {
-        "load_cv": 0.5,
-        "max_violation": None,
-        "mutual_information": {"class": 0.25},
-        "experts_per_token_histogram": [0, 0.25, 0.75],
-        "choice_similarity": np.eye(2).tolist(),
-        "parameter_similarity": [[1, -0.1], [-0.1, 1]],
-    }
-    routing = {"layers": {"layer_1": layer, "layer_3": layer | {"max_violation": 1.5}}}
-    shown = parse_page(report_page(config, tmp_path, None, routing=routing))
+    shown = parse_page(report_page(config, tmp_path, None, routing=ROUTING))
     for row in ("mean0.50.5", "minus 1-1.5", "tells of the class0.250.25"):
         assert row in shown.text.replace("\n", ""), row
     assert shown.text.count("similarity of experts by parameters") == 2
@@ -192,7 +194,8 @@ def test_an_interval_stands_beside_its_measure(tmp_path: Path) -> None:
 def test_a_load_stands_at_the_step_of_its_own_line(tmp_path: Path) -> None:
     config = make_workdir(tmp_path, "digits")
     load = {"layer_1": [1 / 8] * 8}
-    lines = [{"step": 1, "load": load}, {"step": 2}, {"step": 3, "load": load}]
+    huge = {"layer_1": [10**400] * 8}
+    lines = [{"step": 1, "load": load}, {"step": 2}, {"step": 3, "load": load}, {"step": 4, "load": huge}]
     (tmp_path / "load.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "steps 1 to 3; experts 0 to 7" in parse_page(report_page(config, tmp_path, None)).text
 
