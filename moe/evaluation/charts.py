@@ -32,8 +32,11 @@ class Series(NamedTuple):
     faint: bool = False
 
 
-def line_chart(title: str, series: Sequence[Series]) -> str:
-    """A figure of lines over steps, which says the values under the pointer; "" where there is nothing to show."""
+def line_chart(title: str, series: Sequence[Series], along: str = "step") -> str:
+    """A figure of lines, which says the values under the pointer; "" where there is nothing to show.
+
+    along: what lies on the horizontal axis.
+    """
     lines = [one for one in map(_finite, series) if len(one.x)]
     if not lines:
         return ""
@@ -43,7 +46,7 @@ def line_chart(title: str, series: Sequence[Series]) -> str:
     scale_x, scale_y = Scale(low_x, high_x, _LEFT, _RIGHT), Scale(ticks[0], ticks[-1], _BOTTOM, _TOP)
     paths = "".join(_path(one, scale_x, scale_y) for one in sorted(lines, key=lambda one: not one.faint))
     read = [[one.name, list(one.x), list(one.y)] for one in lines if not one.faint]
-    values = data({"series": read, "box": [_LEFT, _RIGHT], "x": [low_x, high_x]})
+    values = data({"series": read, "box": [_LEFT, _RIGHT], "x": [low_x, high_x], "along": along})
     return (
         f'<figure data-series="{values}"><b>{escape(title)}</b>{_svg(title, _grid(scale_x, scale_y, ticks) + paths)}'
         f'<div class="read"></div>{legend((s.name, colour(s.colour)) for s in lines if not s.faint)}</figure>'

@@ -56,7 +56,7 @@ _SCRIPT = """
 const all = (what, root = document) => [...root.querySelectorAll(what)];
 const short = v => Math.abs(v) >= 1e5 || (v && Math.abs(v) < 1e-3) ? v.toExponential(2) : String(+v.toPrecision(4));
 for (const figure of all('figure[data-series]')) {
-  const {series, box, x} = JSON.parse(figure.dataset.series), svg = figure.querySelector('svg');
+  const {series, box, x, along} = JSON.parse(figure.dataset.series), svg = figure.querySelector('svg');
   const mark = svg.querySelector('.mark'), read = figure.querySelector('.read');
   svg.addEventListener('pointermove', event => {
     const frame = svg.getBoundingClientRect();
@@ -70,7 +70,8 @@ for (const figure of all('figure[data-series]')) {
     if (!values.length) return;
     const place = box[0] + (values[0][1] - x[0]) / (x[1] - x[0] || 1) * (box[1] - box[0]);
     mark.setAttribute('x1', place); mark.setAttribute('x2', place); mark.setAttribute('visibility', 'visible');
-    read.textContent = 'step ' + values[0][1] + ': ' + values.map(([name, , y]) => name + ' ' + short(y)).join(', ');
+    const texts = values.map(([name, , y]) => name + ' ' + short(y));
+    read.textContent = along + ' ' + values[0][1] + ': ' + texts.join(', ');
   });
 }
 for (const group of all('[data-panels]')) {
@@ -137,7 +138,7 @@ def table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
 
 def _cell(value: Any) -> str:
     text = str(value)
-    return f"<td{' class=wrap' if len(text) > 40 else ''}>{escape(text)}</td>"
+    return f"<td{' class=wrap' if len(text) > 24 else ''}>{escape(text)}</td>"
 
 
 def facts(values: Mapping[str, Any]) -> str:

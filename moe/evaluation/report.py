@@ -276,7 +276,8 @@ def _diagnostics(layers: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for name, layer in zip(called, layers.values(), strict=True)
         for key, what in _SIMILARITIES.items()
     ]
-    return [table(["", *called], rows), _charts([line_chart("Tokens by their number of experts", counts), *squares])]
+    histogram = line_chart("Tokens by their number of experts", counts, along="experts")
+    return [table(["", *called], rows), _charts([histogram, *squares])]
 
 
 def _taken(config: Config, examples: Examples | None, names: Sequence[str]) -> str:

@@ -1,7 +1,9 @@
 """The report: which experts tokens went to, against the model's own load; the page of runs of both kinds."""
 
 import dataclasses
+import html
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -167,12 +169,20 @@ LAYER = {
 ROUTING = {"layers": {"layer_1": LAYER, "layer_3": LAYER | {"max_violation": 1.5}}}
 
 
+def page_charts(folder: Path, config: config_lib.Config) -> list[dict[str, Any]]:
+    """What the curves of the page say under the pointer."""
+    text = report_page(config, folder, None, routing=ROUTING)
+    return [json.loads(html.unescape(found)) for found in re.findall('data-series="([^"]*)"', text)]
+
+
 def test_the_page_shows_the_routing_of_the_test_set(tmp_path: Path) -> None:
     config = make_workdir(tmp_path, "digits")
     shown = parse_page(report_page(config, tmp_path, None, routing=ROUTING))
     for row in ("mean0.50.5", "minus 1-1.5", "tells of the class0.250.25"):
         assert row in shown.text.replace("\n", ""), row
     assert shown.text.count("similarity of experts by parameters") == 2
+    (counts,) = (one for one in page_charts(tmp_path, config) if one["x"] == [0, 2])
+    assert counts["along"] == "experts"
     assert "tokens whose experts changed" not in shown.text
     assert "--diagnostics" not in shown.text
 
