@@ -58,7 +58,8 @@ class RoutingSums(NamedTuple):
 class Changes(NamedTuple):
     """Tokens, of those that aren't padding, whose experts differ between two checkpoints.
 
-    sets: as a set. first: the one of most weight; where weights tie, the first of these.
+    sets: as a set, which never changes where a token has all experts. first: the one of most weight; where weights tie,
+    the first of these.
     """
 
     sets: Float[Array, "*N"]
