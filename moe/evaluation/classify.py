@@ -19,9 +19,12 @@ def evaluate(
     And "skipped", unless it is 0: how many examples are left out because they can't be used. `measures.measures` and
     `measures.summarize` define the others.
 
-    loss is the cross-entropy in nats, without label smoothing or router losses; it is added up in float64, so that the
-    result does not depend on how the examples are batched. predict(params, batch): the logits [B, V] of a batch, which
-    also has label and mask. batches: of the whole set, once. Raises ValueError if the set is empty.
+    Probabilities are softmax(logits), also of a model that was trained with a sigmoid for each class. loss is their
+    cross-entropy in nats, without label smoothing or router losses; it is added up in float64, so that the result does
+    not depend on how the examples are batched.
+
+    predict(params, batch): the logits [B, V] of a batch, which also has label and mask. batches: of the whole set,
+    once. Raises ValueError if the set is empty.
     """
     rows, skipped = [], 0.0
     for batch in batches:
