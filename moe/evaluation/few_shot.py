@@ -3,9 +3,8 @@
 Regularised least squares from the features to 1 for the class and -1 for the others. Features are standardised by those
 of the shots, and a constant feature of 100 stands for the bias, so that it is hardly regularised. So far it is what
 V-MoE's code does. That takes the regularisation of best rank on the test images, on average over several data sets;
-here it is chosen on images of the training split that aren't shots. They are of the classes that are probed: what suits
-few shots depends on how many classes there are, so that other classes, of which small data sets have none to spare,
-would tell another value.
+here no class has a say in its own: it is chosen on images of other classes, of the training split and no shots. All
+classes are in every probe, since what suits few shots depends on how many classes there are.
 """
 
 import dataclasses
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from moe.data.pipeline import Batch, DataConfig, inspect_data, make_eval_batches
 from moe.parallel import hosts
@@ -93,10 +92,14 @@ def probe(
 ) -> dict[str, dict[str, Any] | None]:
     """For each number of shots the accuracy on `test`; None where a class has not more examples than that.
 
-    Shots are drawn `draws` times, as many of each class, and the rest of `train` is held out. l2: of 2^-10 to 2^20 the
-    one of highest accuracy on that, on average over the draws; of equal ones the largest. accuracy: mean over the
-    draws of `accuracies`, with its standard_error. Raises ValueError where no number of shots can be had.
+    Shots are drawn `draws` times, as many of each class, and the rest of `train` is held out. l2: of 2^-10 to 2^20, for
+    the classes of even and of odd number, the one of highest accuracy on what is held out of the other half of the
+    classes, on average over the draws; of equal ones the largest. accuracy: mean over the draws of `accuracies`, with
+    its standard_error. held_out_accuracy: that by which l2 was chosen. Raises ValueError where no number of shots can
+    be had, or there is one class.
     """
+    if num_classes < 2:
+        raise ValueError("there is one class: no other is left to choose the regularisation on.")
     fewest = int(np.bincount(train.label, minlength=num_classes).min())
     if fewest <= min(shots):
         raise ValueError(
@@ -109,22 +112,25 @@ def probe(
 
 
 def _probe(train: Examples, test: Examples, num_classes: int, count: int, draws: int) -> dict[str, Any]:
-    held_out: list[np.ndarray] = []
+    held_out: list[np.ndarray] = []  # [R, 2]: of each half of the classes
     tested: list[np.ndarray] = []
     for draw in range(draws):
         is_shot_N = draw_shots(train.label, num_classes, count, draw)
         shown, rest = (Examples(train.features[rows], train.label[rows]) for rows in (is_shot_N, ~is_shot_N))
-        for examples, accuracies in ((rest, held_out), (test, tested)):
-            accuracies.append(accuracy(shown, examples, num_classes))
+        right_RN = right(shown, rest, num_classes)
+        held_out.append(np.stack([right_RN[:, rest.label % 2 == half].mean(axis=1) for half in (0, 1)], axis=1))
+        tested.append(right(shown, test, num_classes))
     means = np.mean(held_out, axis=0)
-    best = int(np.flatnonzero(means == means.max())[-1])
-    accuracies_ = [float(one[best]) for one in tested]
+    best = [int(np.flatnonzero(column == column.max())[-1]) for column in means.T]
+    # Each half is tested with what was chosen on the other.
+    chosen_M = np.array(best[::-1])[test.label % 2]
+    accuracies = [float(one[chosen_M, np.arange(len(chosen_M))].mean()) for one in tested]
     return {
-        "accuracy": float(np.mean(accuracies_)),
-        "standard_error": float(np.std(accuracies_, ddof=1) / np.sqrt(draws)) if draws > 1 else None,
-        "accuracies": accuracies_,
-        "held_out_accuracy": float(means[best]),
-        "l2": L2[best],
+        "accuracy": float(np.mean(accuracies)),
+        "standard_error": float(np.std(accuracies, ddof=1) / np.sqrt(draws)) if draws > 1 else None,
+        "accuracies": accuracies,
+        "held_out_accuracy": [float(means[index, half]) for half, index in enumerate(best)][::-1],
+        "l2": [L2[index] for index in best[::-1]],
     }
 
 
@@ -137,8 +143,8 @@ def draw_shots(label_N: Int[np.ndarray, "N"], num_classes: int, count: int, draw
     return is_shot_N
 
 
-def accuracy(shown: Examples, asked: Examples, num_classes: int, l2: Sequence[float] = L2) -> Float[np.ndarray, "R"]:
-    """Of each regularisation: share of `asked` whose highest score is their class's.
+def right(shown: Examples, asked: Examples, num_classes: int, l2: Sequence[float] = L2) -> Bool[np.ndarray, "R M"]:
+    """Of each regularisation, and each of `asked`, whether the highest score is its class's.
 
     The weights are (XᵀX + l2 I)⁻¹ XᵀY or, with fewer examples than features, the same as Xᵀ (XXᵀ + l2 I)⁻¹ Y.
     """
@@ -151,8 +157,8 @@ def accuracy(shown: Examples, asked: Examples, num_classes: int, l2: Sequence[fl
     y_NV = 2.0 * np.eye(num_classes)[shown.label] - 1.0
     is_wide = x_ND.shape[0] < x_ND.shape[1]
     eigenvalues, vectors = np.linalg.eigh(x_ND @ x_ND.T if is_wide else x_ND.T @ x_ND)
-    right = vectors.T @ (y_NV if is_wide else x_ND.T @ y_NV)
+    target = vectors.T @ (y_NV if is_wide else x_ND.T @ y_NV)
     left = asked_MD @ x_ND.T @ vectors if is_wide else asked_MD @ vectors
     # Rounding makes the smallest eigenvalues negative.
     scale = np.maximum(eigenvalues, 0.0)
-    return np.array([np.mean((left @ (right / (scale + one)[:, None])).argmax(axis=1) == asked.label) for one in l2])
+    return np.array([(left @ (target / (scale + one)[:, None])).argmax(axis=1) == asked.label for one in l2])

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe.evaluation.few_shot import L2, Examples, accuracy, collect, draw_shots, probe
+from moe.evaluation.few_shot import L2, Examples, collect, draw_shots, probe, right
 
 CLASSES = 3
 
@@ -34,7 +34,7 @@ def test_the_probe_is_ridge_regression(count: int, width: int) -> None:
     shown, asked = make_examples(count, width, 0), make_examples(300, width, 1)
     l2 = (0.25, 8.0, 2.0**12)
     expected = [ridge(shown, asked, one) for one in l2]
-    assert accuracy(shown, asked, CLASSES, l2).tolist() == pytest.approx(expected, abs=1 / 300 + 1e-9)
+    assert right(shown, asked, CLASSES, l2).mean(axis=1).tolist() == pytest.approx(expected, abs=1 / 300 + 1e-9)
     assert 1 / 3 < expected[0] < 1
 
 
@@ -47,7 +47,12 @@ def test_shots_are_as_many_of_each_class_and_differ_between_draws() -> None:
     assert (draws[0] != draws[1]).any()
 
 
-def test_l2_is_chosen_on_what_is_held_out_and_never_on_the_test_set() -> None:
+def share(shown: Examples, asked: Examples, l2: float, half: int) -> float:
+    """Of the classes of even (0) or odd (1) number."""
+    return float(right(shown, asked, CLASSES, [l2])[0, asked.label % 2 == half].mean())
+
+
+def test_a_class_s_l2_is_chosen_on_what_is_held_out_of_other_classes_and_never_on_the_test_set() -> None:
     train, test = make_examples(90, 12, 0), make_examples(200, 12, 1)
     found = probe(train, test, CLASSES, shots=(2, 5), draws=2)
     nonsense = test._replace(label=(test.label + 1) % CLASSES)
@@ -61,9 +66,13 @@ def test_l2_is_chosen_on_what_is_held_out_and_never_on_the_test_set() -> None:
         pairs = [
             (Examples(train.features[m], train.label[m]), Examples(train.features[~m], train.label[~m])) for m in masks
         ]
-        by_l2 = {l2: np.mean([accuracy(*pair, CLASSES, [l2]) for pair in pairs]) for l2 in L2}
-        assert by_l2[ours["l2"]] == max(by_l2.values()) == pytest.approx(ours["held_out_accuracy"])
-        assert ours["accuracies"] == [float(accuracy(pair[0], test, CLASSES, [ours["l2"]])[0]) for pair in pairs]
+        hits = [0.0, 0.0]
+        for half in (0, 1):
+            l2, by_l2 = ours["l2"][half], {l2: np.mean([share(*pair, l2, 1 - half) for pair in pairs]) for l2 in L2}
+            assert by_l2[l2] == max(by_l2.values()) == pytest.approx(ours["held_out_accuracy"][half])
+            of_half = np.mean(test.label % 2 == half)
+            hits = [hit + of_half * share(pair[0], test, l2, half) for hit, pair in zip(hits, pairs, strict=True)]
+        assert ours["accuracies"] == pytest.approx(hits)
         assert ours["standard_error"] == pytest.approx(np.std(ours["accuracies"], ddof=1) / np.sqrt(2))
 
 
@@ -74,6 +83,8 @@ def test_shots_that_a_class_does_not_have_are_none_and_none_at_all_is_an_error()
     assert [found[shots] for shots in ("5", "10", "25")] == [None] * 3
     with pytest.raises(ValueError, match="a class has 1 training examples"):
         probe(make_examples(3, 4, 0), test, CLASSES)
+    with pytest.raises(ValueError, match="there is one class"):
+        probe(train._replace(label=0 * train.label), test, 1)
 
 
 def test_collecting_stops_when_every_class_has_enough_and_leaves_padding_out() -> None:
