@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +16,7 @@ from scipy.optimize import brentq
 
 from experiments import common, pooling, pruning, routers, topk_loss
 from experiments.common import Sample
+from moe import config as config_lib
 
 
 def test_means_errors_and_differences_are_those_of_the_seeds() -> None:
@@ -183,14 +185,21 @@ def test_pooling_runs_to_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
 # Routers ------------------------------------------------------------------------------------------------------------
 
 
-def test_runs_that_have_ended_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands: list[list[str]] = []
+def test_runs_that_have_ended_are_not_run_again_unless_they_were_of_another_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[Sequence[str]] = []
 
-    def train(command: list[str], **_: object) -> None:
+    def train(command: Sequence[str], **_: object) -> None:
         commands.append(command)
         folder = Path(next(part for part in command if part.startswith("--workdir=")).removeprefix("--workdir="))
-        folder.mkdir(parents=True)
-        (folder / "result.json").write_text(json.dumps({"test/accuracy": len(commands) / 10, "test/loss": 1.0}))
+        table = config_lib.load_file("configs/digits.py")
+        fields = (part.removeprefix("--config.") for part in command if part.startswith("--config."))
+        config_lib.override(table, list(fields))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(config_lib.to_json(table))
+        result = {"step": 5, "test/accuracy": len(commands) / 10, "test/loss": 1.0}
+        (folder / "result.json").write_text(json.dumps(result))
 
     monkeypatch.setattr(subprocess, "run", train)
     found = routers.samples(2, 5, "configs/digits.py", tmp_path)
@@ -199,6 +208,9 @@ def test_runs_that_have_ended_are_not_run_again(tmp_path: Path, monkeypatch: pyt
     assert found[1].values == [0.2, 0.5]
     assert "--config.router.name=sparse_topk" in commands[1]
     assert "--config.seed=1" in commands[-1]
+    changed = routers.samples(2, 5, "configs/digits.py", tmp_path, ["moe.capacity_factor=2"])
+    assert len(commands) == 4 * len(routers.ROUTERS)
+    assert changed[1].values == [0.8, 1.1]
 
 
 @pytest.mark.parametrize("module", [pruning, topk_loss, pooling, routers])
