@@ -120,9 +120,17 @@ def parse(options: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
 
 
 def report(
-    samples: Sequence[Sample], baselines: Sequence[str], arguments: argparse.Namespace, name: str, begin: float
+    samples: Sequence[Sample],
+    baselines: Sequence[str],
+    arguments: argparse.Namespace,
+    name: str,
+    begin: float,
+    more: Sequence[str] = (),
 ) -> None:
-    """Print the table, and keep it where the options say. begin: `time.perf_counter()` at the start."""
+    """Print the table, and keep it where the options say.
+
+    begin: `time.perf_counter()` at the start. more: what else there is to say, in sentences.
+    """
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES)
     facts = [
         f"machine: {os.cpu_count()} {platform.machine()} cores",
@@ -130,9 +138,10 @@ def report(
         f"command: {' '.join(['python', '-m', f'experiments.{name}', *sys.argv[1:]])}",
         f"time: {(time.perf_counter() - begin) / 60:.1f} minutes",
         f"paired difference: from the first of {', '.join(repr(each) for each in baselines)} in the case, seed by seed",
+        *more,
     ]
     page = table(samples, baselines)
-    print(page)
+    print("\n".join([page, *more]))
     if arguments.json:
         arguments.json.write_text(json.dumps(to_rows(samples, baselines), indent=1, ensure_ascii=False) + "\n")
     if arguments.markdown:

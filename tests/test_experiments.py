@@ -200,17 +200,38 @@ def test_runs_that_have_ended_are_not_run_again_unless_they_were_of_another_conf
         (folder / "config.json").write_text(config_lib.to_json(table))
         result = {"step": 5, "test/accuracy": len(commands) / 10, "test/loss": 1.0}
         (folder / "result.json").write_text(json.dumps(result))
+        lines = [{"step": step, "train/loss": 1.0, "moe/layer_1/experts_per_token": min(step, 2)} for step in (1, 2, 3)]
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
     monkeypatch.setattr(subprocess, "run", train)
-    found = routers.samples(2, 5, "configs/digits.py", tmp_path)
-    assert routers.samples(2, 5, "configs/digits.py", tmp_path) == found
-    assert len(commands) == 2 * len(routers.ROUTERS)
-    assert found[1].values == [0.2, 0.5]
-    assert "--config.router.name=sparse_topk" in commands[1]
+
+    def samples(*overrides: str) -> dict[tuple[str, str], Sequence[float]]:
+        arms = routers.make_arms(2, 5, "configs/digits.py", tmp_path, overrides)
+        routers.train(arms)
+        return {(sample.name, sample.unit): sample.values for sample in routers.samples(arms, "digits")}
+
+    found = samples()
+    assert samples() == found
+    assert len(commands) == 2 * len(routers.ARMS)
+    assert found["sparse_topk", "accuracy"] == [0.3, 0.7]
+    assert found["softmax", "experts per token"] == [2.0, 2.0]
+    assert "--config.router.k=3" in commands[1]
+    assert "--config.router.name=sparse_topk" in commands[2]
     assert "--config.seed=1" in commands[-1]
-    changed = routers.samples(2, 5, "configs/digits.py", tmp_path, ["moe.capacity_factor=2"])
-    assert len(commands) == 4 * len(routers.ROUTERS)
-    assert changed[1].values == [0.8, 1.1]
+    changed = samples("moe.capacity_factor=2")
+    assert len(commands) == 4 * len(routers.ARMS)
+    assert changed["sparse_topk", "accuracy"] == [1.1, 1.5]
+
+
+def test_the_interval_is_of_other_images_and_pairs_them() -> None:
+    rng = np.random.default_rng(1)
+    ours, theirs = rng.random((5, 400)) < 0.9, rng.random((5, 400)) < 0.8
+    mean, low, high = routers.interval(ours, theirs)
+    difference = ours.mean(axis=0) - theirs.mean(axis=0)
+    assert mean == pytest.approx(ours.mean() - theirs.mean())
+    half = 1.96 * difference.std() / 20
+    assert [low, high] == pytest.approx([mean - half, mean + half], abs=0.1 * half)
+    assert routers.interval(ours, ours) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("module", [pruning, topk_loss, pooling, routers])
