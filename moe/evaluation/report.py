@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -128,11 +129,11 @@ def layer_names(config: Config) -> list[str]:
 def read_lines(path: AnyPath) -> list[dict[str, Any]]:
     """The tables in a file of one JSON a line; [] where there is no file, and without what a crash has cut off."""
     try:
-        text = path.read_text()
+        data = path.read_bytes()
     except FileNotFoundError:
         return []
     lines = []
-    for line in text.splitlines():
+    for line in data.splitlines():
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
@@ -140,6 +141,11 @@ def read_lines(path: AnyPath) -> list[dict[str, Any]]:
         if isinstance(value, dict) and isinstance(value.get("step"), int):
             lines.append(value)
     return lines
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number that a float can hold."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def _read_table(path: AnyPath) -> dict[str, Any]:
@@ -151,7 +157,7 @@ def _read_table(path: AnyPath) -> dict[str, Any]:
 
 
 def _series(lines: Sequence[Mapping[str, Any]], key: str, name: str, colour: int) -> Series:
-    points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
+    points = [(line["step"], line[key]) for line in lines if is_number(line.get(key))]
     return Series(name, [step for step, _ in points], [value for _, value in points], colour)
 
 
@@ -182,13 +188,13 @@ def _layer_charts(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _heat(lines: Sequence[Mapping[str, Any]], num_experts: int) -> list[str]:
     """Heat maps of the load over an even share; nothing where none was logged."""
-    tables = [line["load"] for line in lines if isinstance(line.get("load"), dict)]
-    names = list(tables[0]) if tables else []
+    lines = [line for line in lines if isinstance(line.get("load"), dict)]
+    names = list(lines[0]["load"]) if lines else []
     steps, loads = [], []
-    for line, table in zip(lines, tables, strict=False):
+    for line in lines:
         try:
-            load = np.array([table[name] for name in names], np.float64)
-        except (KeyError, TypeError, ValueError):
+            load = np.array([line["load"][name] for name in names], np.float64)
+        except (KeyError, TypeError, ValueError, OverflowError):
             continue
         if load.shape == (len(names), num_experts) and load.size:
             steps.append(line["step"])
@@ -217,13 +223,14 @@ def _taken(config: Config, examples: Examples | None, names: Sequence[str]) -> s
 def _speed(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     found = {}
     for key in ("examples_per_second", "tokens_per_second", "mfu"):
-        values = [line[key] for line in lines if isinstance(line.get(key), int | float)]
+        values = [line[key] for line in lines if is_number(line.get(key))]
         if values:
             found[f"{key.replace('_', ' ')}, median"] = number(statistics.median(values))
     last: Mapping[str, Any] = next((line for line in reversed(lines) if "time/elapsed_seconds" in line), {})
-    seconds = {key: value for key, value in last.items() if key.startswith("time/") and key.endswith("_seconds")}
-    seconds.pop("time/unix_seconds", None)
-    found |= {key.removeprefix("time/").replace("_", " "): f"{value:.1f}" for key, value in seconds.items()}
+    for key, value in last.items():
+        is_duration = key.startswith("time/") and key.endswith("_seconds") and key != "time/unix_seconds"
+        if is_duration and is_number(value):
+            found[key.removeprefix("time/").replace("_", " ")] = f"{value:.1f}"
     return found
 
 
