@@ -1,6 +1,5 @@
 """A comparison as text and as a page."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ from moe.compare.runs import Group
 from moe.compare.statistics import Comparison, Estimate
 from moe.evaluation.charts import Dots, Series, dot_chart, line_chart
 from moe.evaluation.page import details, page, section, table
+from moe.evaluation.report import is_number
 
 # What is drawn over steps, where the runs have it.
 _CURVES = ("train/loss", "test/loss", "test/accuracy", "test/bits_per_byte")
@@ -119,8 +119,7 @@ def _curves(groups: Sequence[Group], name: str) -> list[Series]:
 
 
 def _curve(lines: Sequence[Mapping[str, Any]], name: str) -> dict[int, float]:
-    found = {line["step"]: line[name] for line in lines if isinstance(line.get(name), int | float)}
-    return {step: float(value) for step, value in found.items() if math.isfinite(value)}
+    return {line["step"]: float(line[name]) for line in lines if is_number(line.get(name))}
 
 
 def _runs(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
