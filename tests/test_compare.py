@@ -96,6 +96,11 @@ def test_the_baseline_is_the_config_of_the_run_that_is_named(runs: list[str]) ->
     assert got["differences"] == {}
 
 
+def test_one_run_is_a_table_of_its_own(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(runs[0]) == 0
+    assert capsys.readouterr().out.startswith("image: digits, test; 1 run of 1 config\n")
+
+
 def test_options_that_a_config_does_not_choose_make_no_difference(tmp_path: Path) -> None:
     make_run(tmp_path / "a")
     make_run(tmp_path / "b", "seed=1", "router.sparse_topk.p=2", "log_every=7", "data.threads=3")

@@ -36,8 +36,7 @@ def difference_rows(comparison: Comparison) -> list[list[str]]:
 
 def text_page(comparison: Comparison) -> str:
     """The comparison in lines for a terminal."""
-    runs = sum(len(group.runs) for group in comparison.groups)
-    parts = [f"{comparison.task}; {runs} runs of {len(comparison.groups)} configs", _align(estimate_rows(comparison))]
+    parts = [_summary(comparison), _align(estimate_rows(comparison))]
     if rows := difference_rows(comparison):
         parts.append(_align(rows))
     elif len(comparison.groups) > 1:
@@ -58,13 +57,12 @@ def html_page(comparison: Comparison) -> str:
     groups = comparison.groups
     dots = [_dots(comparison, name) for name in comparison.measures]
     curves = [line_chart(measure_name(name), _curves(groups, name)) for name in _CURVES]
-    runs = sum(len(group.runs) for group in groups)
     means, *rows = estimate_rows(comparison)
     pairs = difference_rows(comparison)
     config = differing_rows(comparison)
     return page(
         "Comparison of runs",
-        f"{comparison.task}; {runs} runs of {len(groups)} configs",
+        _summary(comparison),
         (
             section("Means", table(means, rows), note=_NOTE),
             section("Paired differences", table(pairs[0], pairs[1:]) if pairs else ""),
@@ -75,6 +73,13 @@ def html_page(comparison: Comparison) -> str:
             details("As text", text_page(comparison)),
         ),
     )
+
+
+def _summary(comparison: Comparison) -> str:
+    """image: digits, test; 6 runs of 2 configs."""
+    counts = {"run": sum(len(group.runs) for group in comparison.groups), "config": len(comparison.groups)}
+    words = (f"{count} {what}{'' if count == 1 else 's'}" for what, count in counts.items())
+    return f"{comparison.task}; {' of '.join(words)}"
 
 
 def _rows(
