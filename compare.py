@@ -13,7 +13,7 @@ from moe import cli
 from moe.compare.page import html_page, text_page
 from moe.compare.runs import Run, check_comparable, group_runs, read_run
 from moe.compare.statistics import Comparison, compare
-from moe.files import AnyPath, open_path, write_whole
+from moe.files import AnyPath, is_remote, open_path, write_whole
 from train import DEFAULT_CONFIG
 
 
@@ -36,6 +36,16 @@ def _key(path: AnyPath) -> str:
     return str(path.resolve())
 
 
+def _open_target(flag: str, name: str) -> AnyPath:
+    """The file that a flag names. Raises ValueError where none can be written there."""
+    path = open_path(name)
+    if not is_remote(path) and path.is_dir():
+        raise ValueError(f"{flag}={name} must name a file, and it is a folder.")
+    if not is_remote(path) and not path.parent.is_dir():
+        raise ValueError(f"{flag}={name} can't be written, as there is no folder {path.parent}: make it first.")
+    return path
+
+
 def main(argv: Sequence[str]) -> None:
     """The command line."""
     parser = cli.make_parser(__doc__ or "", DEFAULT_CONFIG)
@@ -50,12 +60,13 @@ def main(argv: Sequence[str]) -> None:
         raise cli.UsageError("compare.py takes no config fields: the configs are those of the runs.")
     with cli.usage_errors():
         paths = [open_path(name) for name in arguments.runs]
-        baseline = open_path(arguments.baseline) if arguments.baseline else None
-        page = open_path(arguments.page)
+        baseline = open_path(arguments.baseline) if arguments.baseline is not None else None
+        page = _open_target("--page", arguments.page)
+        figures = None if arguments.json is None else _open_target("--json", arguments.json)
     comparison = compare_runs(paths, baseline)
     write_whole(page, html_page(comparison))
-    if arguments.json:
-        write_whole(open_path(arguments.json), json.dumps(comparison.json(), indent=2) + "\n")
+    if figures is not None:
+        write_whole(figures, json.dumps(comparison.json(), indent=2) + "\n")
     print(f"{text_page(comparison)}\n\npage: {page}")
 
 

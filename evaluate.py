@@ -28,7 +28,7 @@ from moe.checkpoint import CheckpointError, Checkpoints, complete_steps
 from moe.config import Config
 from moe.data.pipeline import DataConfig
 from moe.evaluation import cost, few_shot, routing
-from moe.evaluation.report import write_report
+from moe.evaluation.report import missing, write_report
 from moe.evaluation.series import Series
 from moe.files import AnyPath, open_path
 from moe.layers.moe import MoeConfig
@@ -52,20 +52,25 @@ _POLL_SECONDS = 5.0
 class Wanted:
     """What is to be measured besides the measures of the test set.
 
-    capacity_factor: of expert queues, beside the dropless result; 0: none. diagnostics: routing of every layer.
+    capacity_factor: of expert queues, beside the dropless result; None: none. diagnostics: routing of every layer.
     against: step of another checkpoint whose routing it is compared with. few_shot: a data set to probe the features
         on, "" for the run's own; None: none. report: whether to write report.html.
     """
 
-    capacity_factor: float = 0.0
+    capacity_factor: float | None = None
     diagnostics: bool = False
     against: int | None = None
     few_shot: str | None = None
     report: bool = False
 
+    def files(self) -> list[str]:
+        """Names of what is to be written, see `Evaluation.run`."""
+        few_shot = ["few_shot"] if self.few_shot is not None else []
+        return ["evaluation", *(["routing"] if self.diagnostics else []), *few_shot]
+
     def check(self, config: Config) -> None:
         """Raises ValueError where that can't be had of such a model."""
-        if not 0 <= self.capacity_factor < math.inf:
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
             raise ValueError(f"--capacity-factor={self.capacity_factor} must be positive and finite.")
         if self.against is not None and not self.diagnostics:
             raise ValueError(f"--against={self.against} compares the routing of two checkpoints: add --diagnostics.")
@@ -236,13 +241,15 @@ def add(evaluation: Evaluation, step: int, series: Series) -> bool:
 def watch(evaluation: Evaluation, last: int, settings: list[str], patience: float) -> None:
     """Evaluates each checkpoint when it is complete, until that of step `last` is.
 
-    Steps that evaluations.jsonl has a line of are not evaluated again. Raises Failure where for `patience` minutes (0:
-    ever) no checkpoint came, and in the end where some couldn't be read; one that the run has removed is only named.
+    Steps that all files that are wanted have a line of are not evaluated again. Raises Failure where for `patience`
+    minutes (0: ever) no checkpoint came, and in the end where some couldn't be read; one that the run has removed is
+    only named.
     """
     with cli.usage_errors():
         series = Series(evaluation.workdir, _SERIES, settings, goes_on=True)
     folder, since = evaluation.workdir / "checkpoints", time.monotonic()
-    done, unread = series.steps("evaluation"), []
+    done = set.intersection(*(series.steps(name) for name in evaluation.wanted.files()))
+    unread = []
     while last not in done:
         new = sorted(set(complete_steps(folder)) - done)
         step = hosts.follow_number(new[0] if new else -1)
@@ -302,7 +309,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--patience", type=float, default=0.0, help="minutes without a new one that --watch waits; 0: any"
     )
     parser.add_argument("--report", action="store_true", help="write report.html of the run and this checkpoint")
-    parser.add_argument("--capacity-factor", type=float, default=0.0, help="also with expert queues of this factor")
+    parser.add_argument("--capacity-factor", type=float, help="also with expert queues of this factor")
     parser.add_argument("--diagnostics", action="store_true", help="routing of every layer, to routing.json")
     parser.add_argument("--against", type=int, help="another step, whose routing it is compared with")
     parser.add_argument(
@@ -333,6 +340,8 @@ def main(argv: Sequence[str]) -> None:
     """The command line."""
     arguments, overrides = cli.parse(make_parser(), argv)
     with cli.usage_errors():
+        if not 0 <= arguments.patience < math.inf:
+            raise ValueError(f"--patience={arguments.patience} must be minutes, 0 for any number of them.")
         workdir = open_path(arguments.workdir)
         hosts.initialize()
     table = read_config(workdir)
@@ -344,6 +353,10 @@ def main(argv: Sequence[str]) -> None:
     if notice := caution(config.model, config.moe, config.router):
         hosts.say(notice)
     steps = choose_steps(workdir, arguments)
+    if arguments.report and not arguments.watch and (lacking := missing(config, workdir)):
+        raise cli.Failure(
+            f"the run lacks what --report shows: {'; '.join(lacking)}: leave it out, or let train.py reach a log point."
+        )
     wanted = Wanted(
         arguments.capacity_factor, arguments.diagnostics, arguments.against, arguments.few_shot, arguments.report
     )

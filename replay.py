@@ -8,7 +8,6 @@ before it, with the steps from there run again. Nothing is written. --debug-nans
 first number is made that isn't finite, operation by operation.
 """
 
-import json
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from moe import config as config_lib
 from moe.checkpoint import Checkpoints
 from moe.checksums import name_leaves
 from moe.config import Config
+from moe.evaluation.report import read_lines
 from moe.files import AnyPath, open_path
 from moe.initial import load_initial, plan_initial
 from moe.layers.block import stacked_blocks
@@ -45,8 +45,7 @@ class Before(NamedTuple):
 
 def last_bad_step(workdir: AnyPath) -> int:
     """The first of the last row of updates that were left out. Raises cli.Failure where there is none."""
-    path = workdir / "bad_steps.jsonl"
-    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+    steps = [line["step"] for line in read_lines(workdir / "bad_steps.jsonl")]
     if not steps:
         raise cli.Failure(f"no update of {workdir} was left out: say which step to look at with --step.")
     first = steps[-1]

@@ -1,8 +1,11 @@
 """Command lines: flags and config overrides in, one sentence and an exit code out when something is wrong."""
 
 import argparse
+import atexit
 import contextlib
 import logging
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +18,7 @@ from moe.compiler import TooLarge
 from moe.routers import ROUTERS
 
 # A run that has been told to stop and has saved: the same command goes on (EX_TEMPFAIL of sysexits.h).
-USAGE, FAILURE, STOPPED = 2, 1, 75  # and moe.watchdog.STUCK
+USAGE, FAILURE, STOPPED, INTERRUPTED = 2, 1, 75, 130  # and moe.watchdog.STUCK
 
 
 class UsageError(Exception):
@@ -81,6 +84,17 @@ def _unraisable(what: Any) -> None:
         sys.__unraisablehook__(what)
 
 
+def _end(code: int) -> None:
+    """Ends the process at once: XLA goes on with a compilation that was interrupted, and the rest of an exit would take
+    away what it uses."""
+    for process in multiprocessing.active_children():
+        process.terminate()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a program's `main` on the command line; a known error ends it with one sentence and no traceback."""
     # What Orbax and tfds say is about their own workings, or is raised as well.
@@ -100,7 +114,9 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     except OSError as error:
         code, message = FAILURE, f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
     except KeyboardInterrupt:
-        code, message = 130, "interrupted; the same command goes on from the newest checkpoint."
+        code, message = INTERRUPTED, "interrupted; the same command goes on from the newest checkpoint."
+        # After the threads of Python, which may still be saving.
+        atexit.register(_end, code)
     else:
         sys.exit(0)
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)

@@ -25,16 +25,19 @@ def is_remote(path: Any) -> bool:
 
 
 def write_whole(path: AnyPath, text: str) -> None:
-    """Writes the file whole or not at all; where its name is a link, the link is replaced."""
+    """Writes the file whole or not at all; where its name is a link, the link is replaced. Raises OSError naming it."""
     if is_remote(path):
         path.write_text(text)
         return
     temporary = path.with_suffix(".tmp")
-    # What is left of a killed process, or a link that leads elsewhere.
-    temporary.unlink(missing_ok=True)
-    with open(temporary, "x") as file:
-        file.write(text)
-    temporary.replace(path)
+    try:
+        # What is left of a killed process, or a link that leads elsewhere.
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "x") as file:
+            file.write(text)
+        temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def describe(error: Exception) -> str:

@@ -151,15 +151,15 @@ class MetricsWriter:
 
 
 def _split_lines(path: AnyPath, step: int) -> tuple[list[str], int]:
-    """The lines up to `step`, and how many others there are (a line cut off by a crash is one of those)."""
+    """The lines up to `step`, and how many others there are (one cut off by a crash, or damaged, is one of those)."""
     if not path.exists():
         return [], 0
     kept: list[str] = []
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True)
     for line in lines:
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
+            if json.loads(line)["step"] <= step and line.endswith(b"\n"):
+                kept.append(line.decode())
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return kept, len(lines) - len(kept)

@@ -96,6 +96,11 @@ def test_the_baseline_is_the_config_of_the_run_that_is_named(runs: list[str]) ->
     assert got["differences"] == {}
 
 
+def test_one_run_is_a_table_of_its_own(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(runs[0]) == 0
+    assert capsys.readouterr().out.startswith("image: digits, test; 1 run of 1 config\n")
+
+
 def test_options_that_a_config_does_not_choose_make_no_difference(tmp_path: Path) -> None:
     make_run(tmp_path / "a")
     make_run(tmp_path / "b", "seed=1", "router.sparse_topk.p=2", "log_every=7", "data.threads=3")
@@ -111,6 +116,8 @@ def test_options_that_a_config_does_not_choose_make_no_difference(tmp_path: Path
 def test_an_estimate_shows_two_digits_of_its_error() -> None:
     assert str(estimate([1.0, 2.0, 4.0])) == "2.33 ± 0.88"
     assert str(estimate([0.25])) == "0.25"
+    assert str(estimate([1.0, math.nan])) == "nan"
+    assert str(estimate([math.inf, 1.0, 2.0])) == "inf"
     assert str(estimate([3.0, 3.0])) == "3 ± 0"
     assert str(estimate([1000.0, 2000.0])) == "1,500 ± 500"
     # One scan of 360 more in every seed: the rounding of these differences is no error of anything.
@@ -131,9 +138,44 @@ def test_what_does_not_compare_is_one_sentence(runs: list[str], capsys: pytest.C
     sentence(capsys, run(*runs), cli.FAILURE, "result of step 2 and a config of 3000 steps")
     (Path(runs[0]) / "result.json").write_text("[" * 100_000)
     sentence(capsys, run(*runs), cli.FAILURE, "result.json can't be read")
+    (Path(runs[0]) / "result.json").write_text('{"step": "3000", "test/loss": 1}')
+    sentence(capsys, run(*runs), cli.FAILURE, "result of step '3000' and a config of 3000 steps")
+    (Path(runs[0]) / "result.json").write_text('{"step": 3000, "test/loss": "low"}')
+    sentence(capsys, run(*runs), cli.FAILURE, "result.json", "no measure of a test set")
     sentence(capsys, run(*runs, "--config.seed=1"), cli.USAGE, "takes no config fields")
     sentence(capsys, run(), cli.USAGE, "RUN")
     assert not Path("compare.html").exists()
+
+
+@pytest.mark.parametrize("flag", ["page", "json"])
+def test_files_that_can_not_be_written_are_named_before_anything_is_compared(
+    flag: str, runs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("folder").mkdir()
+    for name in ("", "folder"):
+        sentence(capsys, run(*runs, f"--{flag}={name}"), cli.USAGE, f"--{flag}={name} ", "a folder")
+    sentence(capsys, run(*runs, f"--{flag}=no/such/file"), cli.USAGE, f"--{flag}=no/such/file", "no folder no/such")
+    assert sorted(path.name for path in Path().iterdir()) == sorted(["folder", *(Path(name).name for name in runs)])
+
+
+def test_what_is_damaged_in_a_log_is_left_out_and_what_is_no_number_is_null(
+    runs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = Path(runs[0]) / "metrics.jsonl"
+    log.write_bytes(
+        b"\xff\xfe\n" + log.read_bytes() + b'\n{"step": 500, "examples_per_second": 1' + b"0" * 400 + b"}\n"
+    )
+    result = json.loads((Path(runs[3]) / "result.json").read_text()) | {"test/loss": math.nan, "test/ece": 10**400}
+    (Path(runs[3]) / "result.json").write_text(json.dumps(result))
+    config = (Path(runs[1]) / "config.json").read_text()
+    assert run(*runs, "--json=out.json") == 0
+    assert "nan" in capsys.readouterr().out
+    assert "NaN" not in Path("out.json").read_text()
+    got = json.loads(Path("out.json").read_text())["estimates"]
+    assert got["sparse_topk"]["test/loss"] == {"mean": None, "error": None, "count": 3}
+    assert got["softmax"]["examples_per_second"]["mean"] == 20
+    (Path(runs[1]) / "config.json").write_text(config.replace('"name": "vit"', '"name": ["vit"]'))
+    sentence(capsys, run(*runs), cli.USAGE, "different tasks")
 
 
 def test_runs_on_different_texts_do_not_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,6 +89,10 @@ def test_watching_evaluates_what_comes_and_ends_with_the_run(
     assert "step 3: " not in out
     assert [line["step"] for line in lines(copied / "evaluations.jsonl")] == [3, 6]
     assert lines(copied / "evaluations.jsonl")[1] == read(copied / "result.json")
+    assert run_evaluate(copied, "--watch", "--diagnostics") == 0
+    assert [line["step"] for line in lines(copied / "routing.jsonl")] == [3, 6]
+    assert [line["step"] for line in lines(copied / "evaluations.jsonl")] == [3, 6]
+    capsys.readouterr()
     code = run_evaluate(copied, "--watch", "--config.router.name=sparse_topk")
     mistake(capsys, code, cli.USAGE, "under settings []", "router.name=sparse_topk", "remove it")
 
@@ -130,6 +134,9 @@ def test_one_device_and_another_batch_that_does_not_divide_the_set_measure_the_s
         (["--against=4", "--diagnostics"], cli.FAILURE, ["step 4", "3, 6"]),
         (["--capacity-factor=-1"], cli.USAGE, ["--capacity-factor=-1.0", "positive"]),
         (["--capacity-factor=nan"], cli.USAGE, ["--capacity-factor=nan"]),
+        (["--capacity-factor=0"], cli.USAGE, ["--capacity-factor=0", "positive"]),
+        (["--watch", "--patience=nan"], cli.USAGE, ["--patience=nan"]),
+        (["--watch", "--patience=-1"], cli.USAGE, ["--patience=-1"]),
         (["--few-shot=no_such_set"], cli.USAGE, ["no_such_set"]),
     ],
 )
@@ -138,6 +145,18 @@ def test_what_can_not_be_evaluated_is_one_sentence(
 ) -> None:
     capsys.readouterr()
     mistake(capsys, run_evaluate(finished, *flags), code, *parts)
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "load.jsonl"])
+def test_a_report_of_a_run_without_diagnostics_is_one_sentence(
+    file: str, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (copied / "report.html").stat().st_mtime_ns
+    (copied / file).write_bytes(b"\xff\xfe")
+    mistake(capsys, run_evaluate(copied, "--report"), cli.FAILURE, file, "--report")
+    (copied / file).unlink()
+    mistake(capsys, run_evaluate(copied, "--report", "--steps=all"), cli.FAILURE, file, "--report")
+    assert (copied / "report.html").stat().st_mtime_ns == before
 
 
 def test_a_model_without_experts_has_no_routing() -> None:

@@ -144,6 +144,11 @@ def test_bad_examples_cost_their_steps_and_are_named(
     logged = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["guard/skipped"] for line in logged if "train/loss" in line] == [0, 1, 1]
 
+    with (workdir / "bad_steps.jsonl").open("a") as file:
+        file.write('{"step": 5, "rea')
+    capsys.readouterr()
+    assert run_replay(workdir) == 0
+    assert "step 4, from" in capsys.readouterr().out
     (workdir / "bad_steps.jsonl").unlink()
     mistake(capsys, run_replay(workdir), cli.FAILURE, "no update of", "--step")
     mistake(capsys, run_replay(workdir, "--step=7"), cli.USAGE, "--step=7 must be one of the run's steps, 1 to 6")

@@ -79,6 +79,16 @@ def test_lines_of_a_part_that_is_run_again_are_taken_out(tmp_path: Path, capsys:
     assert "took out 1 lines after step 2" in capsys.readouterr().err
 
 
+def test_lines_that_are_damaged_or_cut_off_are_taken_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, cut = '{"step": 1, "train/loss": 1.0}\n', '{"step": 2, "train/loss": 0.5}'
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe\n" + whole.encode() + cut.encode())
+    writer = MetricsWriter(tmp_path, 2)
+    writer.write(3, {"train/loss": 0.25})
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == whole + '{"step": 3, "train/loss": 0.25}\n'
+    assert "took out 2 lines" in capsys.readouterr().err
+
+
 def test_a_clock_goes_on_where_the_last_line_is_an_evaluations(tmp_path: Path, time: Time) -> None:
     writer, clock = MetricsWriter(tmp_path, 0), Clock()
     clock.resume(writer.last)

@@ -367,3 +367,21 @@ def test_the_hash_sees_every_parameter(finished: Path) -> None:
     assert params_sha256({"b": tree["b"], "a": tree["a"]}) == base
     assert params_sha256({**tree, "a": tree["a"].at[1, 2].set(1 + 1e-7)}) != base
     assert params_sha256({**tree, "a": tree["a"].reshape(3, 2)}) != base
+
+
+def test_what_is_interrupted_ends_with_its_sentence_whatever_the_exit_would_do() -> None:
+    """A stand-in for XLA, which crashes in an exit that interrupts its compilation."""
+    script = """
+import atexit, os
+from moe import cli
+def main(argv):
+    print("so far")
+    raise KeyboardInterrupt
+atexit.register(os._exit, 139)
+cli.run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == cli.INTERRUPTED == 130
+    assert done.stdout == "so far\n"
+    assert done.stderr.count("\n") == 1
+    assert "interrupted" in done.stderr

@@ -1,6 +1,5 @@
 """A comparison as text and as a page."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ from moe.compare.runs import Group
 from moe.compare.statistics import Comparison, Estimate
 from moe.evaluation.charts import Dots, Series, dot_chart, line_chart
 from moe.evaluation.page import details, page, section, table
+from moe.evaluation.report import is_number
 
 # What is drawn over steps, where the runs have it.
 _CURVES = ("train/loss", "test/loss", "test/accuracy", "test/bits_per_byte")
@@ -36,8 +36,7 @@ def difference_rows(comparison: Comparison) -> list[list[str]]:
 
 def text_page(comparison: Comparison) -> str:
     """The comparison in lines for a terminal."""
-    runs = sum(len(group.runs) for group in comparison.groups)
-    parts = [f"{comparison.task}; {runs} runs of {len(comparison.groups)} configs", _align(estimate_rows(comparison))]
+    parts = [_summary(comparison), _align(estimate_rows(comparison))]
     if rows := difference_rows(comparison):
         parts.append(_align(rows))
     elif len(comparison.groups) > 1:
@@ -58,13 +57,12 @@ def html_page(comparison: Comparison) -> str:
     groups = comparison.groups
     dots = [_dots(comparison, name) for name in comparison.measures]
     curves = [line_chart(measure_name(name), _curves(groups, name)) for name in _CURVES]
-    runs = sum(len(group.runs) for group in groups)
     means, *rows = estimate_rows(comparison)
     pairs = difference_rows(comparison)
     config = differing_rows(comparison)
     return page(
         "Comparison of runs",
-        f"{comparison.task}; {runs} runs of {len(groups)} configs",
+        _summary(comparison),
         (
             section("Means", table(means, rows), note=_NOTE),
             section("Paired differences", table(pairs[0], pairs[1:]) if pairs else ""),
@@ -75,6 +73,13 @@ def html_page(comparison: Comparison) -> str:
             details("As text", text_page(comparison)),
         ),
     )
+
+
+def _summary(comparison: Comparison) -> str:
+    """image: digits, test; 6 runs of 2 configs."""
+    counts = {"run": sum(len(group.runs) for group in comparison.groups), "config": len(comparison.groups)}
+    words = (f"{count} {what}{'' if count == 1 else 's'}" for what, count in counts.items())
+    return f"{comparison.task}; {' of '.join(words)}"
 
 
 def _rows(
@@ -119,8 +124,7 @@ def _curves(groups: Sequence[Group], name: str) -> list[Series]:
 
 
 def _curve(lines: Sequence[Mapping[str, Any]], name: str) -> dict[int, float]:
-    found = {line["step"]: line[name] for line in lines if isinstance(line.get(name), int | float)}
-    return {step: float(value) for step, value in found.items() if math.isfinite(value)}
+    return {line["step"]: float(line[name]) for line in lines if is_number(line.get(name))}
 
 
 def _runs(comparison: Comparison) -> tuple[list[str], list[list[str]]]:

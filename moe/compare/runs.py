@@ -1,14 +1,13 @@
 """The runs that are compared: what the folder of each says, and which of them differ in nothing but the seed."""
 
 import json
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moe import cli
 from moe.config import CHOICES
-from moe.evaluation.report import read_lines
+from moe.evaluation.report import is_number, read_lines
 from moe.files import AnyPath
 from moe.models import MODELS
 from moe.workdir import read_config
@@ -51,7 +50,7 @@ class Run(NamedTuple):
     @property
     def task(self) -> str:
         """What it is measured on, in words."""
-        model = MODELS.get(self.settings.get("model.name", ""))
+        model = MODELS.get(str(self.settings.get("model.name")))
         names = ("name", "test_split", "test_paths", "mixture")
         data = (self.settings.get(f"data.{name}") for name in names)
         return f"{model[0].task if model else 'unknown'}: {', '.join(str(value) for value in data if value)}"
@@ -61,8 +60,8 @@ class Run(NamedTuple):
         values = {name: value for name, value in self.result.items() if name.startswith("test/")}
         # Ends of intervals are no measures.
         values = {name: value for name, value in values.items() if not name.endswith(("_low", "_high"))}
-        values = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
-        speeds = [line["examples_per_second"] for line in self.lines if _is_number(line.get("examples_per_second"))]
+        values = {name: float(value) for name, value in values.items() if isinstance(value, float) or is_number(value)}
+        speeds = [line["examples_per_second"] for line in self.lines if is_number(line.get("examples_per_second"))]
         return values | ({"examples_per_second": statistics.median(speeds)} if speeds else {})
 
 
@@ -95,9 +94,13 @@ def read_run(path: AnyPath) -> Run:
         )
     if steps != result.get("step"):
         raise cli.Failure(
-            f"{path} has a result of step {result.get('step')} and a config of {steps} steps: let train.py finish it."
+            f"{path} has a result of step {result.get('step')!r} and a config of {steps!r} steps: let train.py finish "
+            "it."
         )
-    return Run(path, flat_settings(config.to_dict()), result, read_lines(path / "metrics.jsonl"))
+    run = Run(path, flat_settings(config.to_dict()), result, read_lines(path / "metrics.jsonl"))
+    if not any(name.startswith("test/") for name in run.measures()):
+        raise cli.Failure(f"{file} has no measure of a test set: remove it, and let train.py write it anew.")
+    return run
 
 
 def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,7 +180,3 @@ def _names(differing: Mapping[str, list[Any]], count: int) -> list[str]:
     if len(set(names)) < count:
         names = [f"{name or 'config'} #{index + 1}" for index, name in enumerate(names)]
     return [name if len(name) <= 80 else f"{name[:76]}… #{index + 1}" for index, name in enumerate(names)]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -33,7 +33,9 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of values, of which there is at least one, and its standard error."""
+    """The mean of values, of which there is at least one, and its standard error; NaN where one isn't finite."""
+    if not all(map(math.isfinite, values)):
+        return Estimate(sum(values) / len(values), math.nan, len(values))
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return Estimate(statistics.fmean(values), error, len(values))
 
@@ -55,12 +57,12 @@ class Comparison(NamedTuple):
     differing: dict[str, list[Any]]
 
     def json(self) -> dict[str, Any]:
-        """All of it as plain values; the error of a single seed is null."""
+        """All of it as plain values; null for the error of a single seed and for what isn't finite."""
 
         def plain(tables: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Any]:
             return {
                 group: {
-                    name: {"mean": one.mean, "error": one.error if one.number > 1 else None, "count": one.number}
+                    name: {"mean": _finite(one.mean), "error": _finite(one.error), "count": one.number}
                     for name, one in table.items()
                 }
                 for group, table in tables.items()
@@ -74,6 +76,10 @@ class Comparison(NamedTuple):
             "differences": plain(self.differences),
             "differing": self.differing,
         }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def compare(groups: Sequence[Group], differing: Mapping[str, list[Any]], baseline: Group) -> Comparison:

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -96,8 +97,8 @@ def write_report(
         hosts.say(f"the report shows no examples: {describe(error)}", error=True)
     if not hosts.is_first():
         return
-    if missing := list(filter(None, (_missing(config, workdir, name) for name in _FILES))):
-        hosts.say(f"{workdir / 'report.html'}: {'; '.join(missing)}")
+    if lacking := missing(config, workdir):
+        hosts.say(f"{workdir / 'report.html'}: {'; '.join(lacking)}")
     try:
         write_whole(workdir / "report.html", report_page(config, workdir, examples, evaluation, routing))
     except OSError as error:
@@ -158,8 +159,12 @@ _NO_ROUTING = "not measured for this page: evaluate.py --diagnostics --report ha
 _FILES = {"metrics.jsonl": "learning curves", "load.jsonl": "load of the experts over time"}
 
 
+def missing(config: Config, workdir: AnyPath) -> list[str]:
+    """What a report of the run will lack, a sentence for each file that should have been written and has no line."""
+    return list(filter(None, (_missing(config, workdir, name) for name in _FILES)))
+
+
 def _missing(config: Config, workdir: AnyPath, name: str) -> str:
-    """A sentence where the file has nothing for the page, though the run should have written it."""
     if read_lines(workdir / name) or (name == "load.jsonl" and not config.model.moe_every):
         return ""
     return f"no {_FILES[name]}, as {workdir / name} has no line of a step"
@@ -176,11 +181,11 @@ def layer_names(config: Config) -> list[str]:
 def read_lines(path: AnyPath) -> list[dict[str, Any]]:
     """The tables in a file of one JSON a line; [] where there is no file, and without what a crash has cut off."""
     try:
-        text = path.read_text()
+        data = path.read_bytes()
     except FileNotFoundError:
         return []
     lines = []
-    for line in text.splitlines():
+    for line in data.splitlines():
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
@@ -188,6 +193,11 @@ def read_lines(path: AnyPath) -> list[dict[str, Any]]:
         if isinstance(value, dict) and isinstance(value.get("step"), int):
             lines.append(value)
     return lines
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number that a float can hold."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def _read_table(path: AnyPath) -> dict[str, Any]:
@@ -199,7 +209,7 @@ def _read_table(path: AnyPath) -> dict[str, Any]:
 
 
 def _series(lines: Sequence[Mapping[str, Any]], key: str, name: str, colour: int) -> Series:
-    points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
+    points = [(line["step"], line[key]) for line in lines if is_number(line.get(key))]
     return Series(name, [step for step, _ in points], [value for _, value in points], colour)
 
 
@@ -292,13 +302,14 @@ def _taken(config: Config, examples: Examples | None, names: Sequence[str]) -> s
 def _speed(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     found = {}
     for key in ("examples_per_second", "tokens_per_second", "mfu"):
-        values = [line[key] for line in lines if isinstance(line.get(key), int | float)]
+        values = [line[key] for line in lines if is_number(line.get(key))]
         if values:
             found[f"{key.replace('_', ' ')}, median"] = number(statistics.median(values))
     last: Mapping[str, Any] = next((line for line in reversed(lines) if "time/elapsed_seconds" in line), {})
-    seconds = {key: value for key, value in last.items() if key.startswith("time/") and key.endswith("_seconds")}
-    seconds.pop("time/unix_seconds", None)
-    found |= {key.removeprefix("time/").replace("_", " "): f"{value:.1f}" for key, value in seconds.items()}
+    for key, value in last.items():
+        is_duration = key.startswith("time/") and key.endswith("_seconds") and key != "time/unix_seconds"
+        if is_duration and is_number(value):
+            found[key.removeprefix("time/").replace("_", " ")] = f"{value:.1f}"
     return found
 
 

@@ -29,8 +29,9 @@ class Series:
         return {line["step"] for line in self._lines[name]}
 
     def add(self, results: dict[str, Line]) -> None:
-        """A line with a "step" for each of some files, which stay in the order of steps."""
+        """A line with a "step" for each of some files, in the order of steps, instead of one of the same step."""
         for name, line in results.items():
+            self._lines[name] = [one for one in self._lines[name] if one["step"] != line["step"]]
             self._lines[name].append(line | ({"settings": self._settings} if self._settings else {}))
             self._lines[name].sort(key=lambda one: one["step"])
             if hosts.is_first():

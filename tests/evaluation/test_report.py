@@ -210,6 +210,21 @@ def test_a_load_stands_at_the_step_of_its_own_line(tmp_path: Path) -> None:
     assert "steps 1 to 3; experts 0 to 7" in parse_page(report_page(config, tmp_path, None)).text
 
 
+def test_the_page_leaves_out_what_is_damaged(tmp_path: Path) -> None:
+    """Bytes that are no text, numbers that are none, a line of the load without one."""
+    config = make_workdir(tmp_path, "digits")
+    more = {"time/elapsed_seconds": 3.0, "time/training_seconds": "x", "time/evaluation_seconds": 2.0}
+    more |= {"examples_per_second": float("nan"), "train/loss": 10**400}
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\n" + json.dumps({"step": 4, **more}).encode() + b"\n")
+    load = [{"step": 7}, {"step": 8, "load": {"layer_1": [1 / 8] * 8}}, {"step": 9, "load": {"layer_1": [1 / 8] * 8}}]
+    (tmp_path / "load.jsonl").write_text("".join(json.dumps(value) + "\n" for value in load))
+    shown = parse_page(report_page(config, tmp_path, None))
+    for words in ("steps 8 to 9", "90,000", "evaluation seconds", "2.0"):
+        assert words in shown.text, words
+    assert "training seconds" not in shown.text
+
+
 def test_pieces_are_what_each_token_adds() -> None:
     assert taken.pieces([104, 195, 169, 256, 10], Bytes().decode) == ["h", "\ufffd", "∎", "∎", "\n"]
 
