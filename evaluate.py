@@ -241,14 +241,16 @@ def add(evaluation: Evaluation, step: int, series: Series) -> bool:
 def watch(evaluation: Evaluation, last: int, settings: list[str], patience: float) -> None:
     """Evaluates each checkpoint when it is complete, until that of step `last` is.
 
-    Steps that all files that are wanted have a line of are not evaluated again. Raises Failure where for `patience`
-    minutes (0: ever) no checkpoint came, and in the end where some couldn't be read; one that the run has removed is
-    only named.
+    Steps of which all files that are wanted have such a line are not evaluated again. Raises Failure where for
+    `patience` minutes (0: ever) no checkpoint came, and in the end where some couldn't be read; one that the run has
+    removed is only named.
     """
     with cli.usage_errors():
         series = Series(evaluation.workdir, _SERIES, settings, goes_on=True)
     folder, since = evaluation.workdir / "checkpoints", time.monotonic()
     done = set.intersection(*(series.steps(name) for name in evaluation.wanted.files()))
+    if evaluation.wanted.diagnostics:
+        done &= series.steps("routing", against=evaluation.wanted.against)
     unread = []
     while last not in done:
         new = sorted(set(complete_steps(folder)) - done)

@@ -18,6 +18,7 @@ import numpy as np
 from sklearn import datasets
 
 from benchmarks.common import Row
+from moe.compare.statistics import estimate
 
 TRAIN = 1437  # the split of `moe.data.digits`
 Examples = tuple[jax.Array, jax.Array]  # images and labels
@@ -40,12 +41,6 @@ def digits() -> tuple[Examples, Examples]:
     return (image[:TRAIN], label[:TRAIN]), (image[TRAIN:], label[TRAIN:])
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and its standard error; NaN for that of a single value."""
-    mean = float(np.mean(values))
-    return mean, float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-
 def differences(sample: Sample, baseline: Sample) -> list[float]:
     """Seed by seed, what the sample has above the baseline."""
     return [a - b for a, b in zip(sample.values, baseline.values, strict=True)]
@@ -64,7 +59,7 @@ def to_rows(samples: Sequence[Sample], baselines: Sequence[str]) -> list[Row]:
     """Means with their ratio to the baseline's, standard errors, paired differences, and the values of the seeds."""
     rows = []
     for sample in samples:
-        mean, error = mean_and_error(sample.values)
+        mean, error, _ = estimate(sample.values)
         baseline = baseline_of(sample, samples, baselines)
         base = float(np.mean(baseline.values)) if baseline else 0.0
         found: list[tuple[str, float, float | None]] = [
@@ -72,7 +67,7 @@ def to_rows(samples: Sequence[Sample], baselines: Sequence[str]) -> list[Row]:
             (", standard error", error, None),
         ]
         if baseline:
-            change, change_error = mean_and_error(differences(sample, baseline))
+            change, change_error, _ = estimate(differences(sample, baseline))
             found += [(", paired difference", change, None), (", standard error of that", change_error, None)]
         found += [(f", seed {seed}", float(value), None) for seed, value in enumerate(sample.values)]
         rows += [
@@ -85,7 +80,7 @@ def to_rows(samples: Sequence[Sample], baselines: Sequence[str]) -> list[Row]:
 
 def plus_minus(values: Sequence[float], sign: str = "") -> str:
     """Mean ± standard error, to one more digit than the first of the error."""
-    mean, error = mean_and_error(values)
+    mean, error, _ = estimate(values)
     digits = min(4, max(0, 1 - math.floor(math.log10(error)))) if error > 0 else 4
     return f"{mean:{sign}.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
 

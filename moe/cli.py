@@ -114,7 +114,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     except OSError as error:
         code, message = FAILURE, f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
     except KeyboardInterrupt:
-        code, message = INTERRUPTED, "interrupted; the same command goes on from the newest checkpoint."
+        code, message = INTERRUPTED, "interrupted; the same command goes on from what has been saved."
         # After the threads of Python, which may still be saving.
         atexit.register(_end, code)
     else:

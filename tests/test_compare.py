@@ -187,6 +187,23 @@ def test_runs_on_different_texts_do_not_compare(tmp_path: Path, capsys: pytest.C
     sentence(capsys, code, cli.USAGE, "different texts", "aaaaaaaaaaaa…", "bbbbbbbbbbbb…")
 
 
+def test_what_is_measured_by_token_does_not_compare_between_tokenizers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed, end in enumerate(("", "<end>")):
+        path = make_run(
+            tmp_path / str(seed), f"seed={seed}", f"data.tokenizer.end={end}", config="configs/stdlib_lm.py"
+        )
+        result = json.loads((path / "result.json").read_text()) | {"test/bits_per_byte": 1.5}
+        (path / "result.json").write_text(json.dumps(result))
+    assert run("0", "1", "--json=figures.json") == 0
+    assert "tokenizers that differ" in capsys.readouterr().out
+    found = json.loads(Path("figures.json").read_text())["estimates"]
+    assert [list(one) for one in found.values()] == [["test/bits_per_byte", "examples_per_second"]] * 2
+    assert "train loss" not in parse_page(Path("compare.html").read_text()).text
+
+
 def test_what_a_config_says_is_text_in_the_page(runs: list[str]) -> None:
     path = Path(runs[0]) / "config.json"
     path.write_text(path.read_text().replace('"init_from": ""', '"init_from": "<script>alert(1)</script>\\u0007"'))

@@ -20,7 +20,7 @@ from moe.routers import ROUTERS
 
 REPOSITORY = Path(__file__).parents[1]
 DOCS = REPOSITORY / "docs"
-PROGRAMS = ["train.py", "evaluate.py", "plan.py", "replay.py"]
+PROGRAMS = ["train.py", "evaluate.py", "compare.py", "sweep.py", "plan.py", "replay.py"]
 
 
 def documented() -> list[str]:

@@ -91,6 +91,8 @@ def test_watching_evaluates_what_comes_and_ends_with_the_run(
     assert lines(copied / "evaluations.jsonl")[1] == read(copied / "result.json")
     assert run_evaluate(copied, "--watch", "--diagnostics") == 0
     assert [line["step"] for line in lines(copied / "routing.jsonl")] == [3, 6]
+    assert run_evaluate(copied, "--watch", "--diagnostics", "--against=3") == 0
+    assert [line["against"] for line in lines(copied / "routing.jsonl")] == [3, 3]
     assert [line["step"] for line in lines(copied / "evaluations.jsonl")] == [3, 6]
     capsys.readouterr()
     code = run_evaluate(copied, "--watch", "--config.router.name=sparse_topk")

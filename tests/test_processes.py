@@ -161,7 +161,14 @@ def test_evaluation_is_the_same_on_two_processes(alone: Path) -> None:
     )
     assert evaluation == result
     routing, probe = (json.loads((alone / name).read_text()) for name in ("routing.json", "few_shot.json"))
-    assert list(routing["layers"]) == list(routing["capacity"]["layers"]) == ["layer_0", "layer_1"]
+    finish(start(alone, 1, 1, "--config.mesh.data=1", "--config.mesh.expert=1", *more, program="evaluate.py"))
+    again = json.loads((alone / "routing.json").read_text())
+    assert list(routing["layers"]) == ["layer_0", "layer_1"]
+    for kind in ("layers", "capacity"):
+        ours, theirs = (found[kind].get("layers", found[kind]) for found in (routing, again))
+        for layer in theirs:
+            for name in ("load", "entropy", "overflow", "topk_jaccard", "choice_similarity_mean"):
+                assert ours[layer][name] == pytest.approx(theirs[layer][name], abs=1e-3), (kind, layer, name)
     assert all(found["accuracy"] > 0.3 for found in probe["shots"].values())
 
 

@@ -6,11 +6,11 @@ from typing import Any
 from moe.compare.runs import Group
 from moe.compare.statistics import Comparison, Estimate
 from moe.evaluation.charts import Dots, Series, dot_chart, line_chart
-from moe.evaluation.page import details, page, section, table
+from moe.evaluation.page import details, page, section, side_by_side, table
 from moe.evaluation.report import is_number
 
-# What is drawn over steps, where the runs have it.
-_CURVES = ("train/loss", "test/loss", "test/accuracy", "test/bits_per_byte")
+# What is drawn over steps, where the runs have it and this measure compares.
+_CURVES = {"train/loss": "test/loss"} | {n: n for n in ("test/loss", "test/accuracy", "test/bits_per_byte")}
 _NOTE = (
     "Mean ± standard error over seeds (the standard deviation over √seeds); a single seed has none. Differences are of "
     "runs with the same seed, so that what a seed does to both drops out."
@@ -54,9 +54,9 @@ def differing_rows(comparison: Comparison) -> list[list[str]]:
 
 def html_page(comparison: Comparison) -> str:
     """The comparison as a page of its own."""
-    groups = comparison.groups
-    dots = [_dots(comparison, name) for name in comparison.measures]
-    curves = [line_chart(measure_name(name), _curves(groups, name)) for name in _CURVES]
+    groups, measures = comparison.groups, comparison.measures
+    dots = [_dots(comparison, name) for name in measures]
+    curves = [line_chart(measure_name(name), _curves(groups, name)) for name, of in _CURVES.items() if of in measures]
     means, *rows = estimate_rows(comparison)
     pairs = difference_rows(comparison)
     config = differing_rows(comparison)
@@ -66,8 +66,8 @@ def html_page(comparison: Comparison) -> str:
         (
             section("Means", table(means, rows), note=_NOTE),
             section("Paired differences", table(pairs[0], pairs[1:]) if pairs else ""),
-            section("Seeds", _charts(dots), note="A dot is a run; the cross is the mean and its standard error."),
-            section("Learning curves", _charts(curves), note="Faint: every seed. Strong: their mean."),
+            section("Seeds", side_by_side(dots), note="A dot is a run; the cross is the mean and its standard error."),
+            section("Learning curves", side_by_side(curves), note="Faint: every seed. Strong: their mean."),
             section("Fields that differ", table(config[0], config[1:]) if comparison.differing else ""),
             section("Runs", table(*_runs(comparison))),
             details("As text", text_page(comparison)),
@@ -97,10 +97,6 @@ def _align(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _charts(charts: Sequence[str]) -> str:
-    return f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""
 
 
 def _dots(comparison: Comparison, name: str) -> str:

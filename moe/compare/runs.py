@@ -55,6 +55,12 @@ class Run(NamedTuple):
         data = (self.settings.get(f"data.{name}") for name in names)
         return f"{model[0].task if model else 'unknown'}: {', '.join(str(value) for value in data if value)}"
 
+    @property
+    def tokenizer(self) -> str:
+        """What makes the tokens that it predicts; the same for all images."""
+        names = [name for name in self.settings if name.startswith("data.tokenizer.")]
+        return json.dumps({name: self.settings[name] for name in names}, sort_keys=True)
+
     def measures(self) -> dict[str, float]:
         """What can be compared by number: the tests of result.json, and the median examples_per_second of the log."""
         values = {name: value for name, value in self.result.items() if name.startswith("test/")}

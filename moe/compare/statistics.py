@@ -83,10 +83,14 @@ def _finite(value: float) -> float | None:
 
 
 def compare(groups: Sequence[Group], differing: Mapping[str, list[Any]], baseline: Group) -> Comparison:
-    """The statistics of all measures that every run has."""
-    table = {id(run): run.measures() for group in groups for run in group.runs}
-    first = table[id(groups[0].runs[0])]
-    measures = [name for name in first if all(name in values for values in table.values())]
+    """The statistics of all measures that every run has; of runs whose tokenizers differ, without those of a token."""
+    runs = [run for group in groups for run in group.runs]
+    table = {id(run): run.measures() for run in runs}
+    measures = [name for name in table[id(runs[0])] if all(name in values for values in table.values())]
+    task = runs[0].task
+    if len({run.tokenizer for run in runs}) > 1:
+        measures = [name for name in measures if name == "test/bits_per_byte" or not name.startswith("test/")]
+        task += ", by tokenizers that differ: what is measured by token doesn't compare, and is left out"
 
     def values(runs: Sequence[Run], name: str) -> list[float]:
         return [table[id(run)][name] for run in runs]
@@ -103,5 +107,4 @@ def compare(groups: Sequence[Group], differing: Mapping[str, list[Any]], baselin
             name: estimate([x - y for x, y in zip(values(both, name), values(against, name), strict=True)])
             for name in measures
         }
-    task = groups[0].runs[0].task
     return Comparison(task, list(groups), baseline, measures, estimates, differences, dict(differing))

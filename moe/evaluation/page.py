@@ -128,6 +128,11 @@ def paragraph(text: str) -> str:
     return f"<p>{escape(text)}</p>" if text else ""
 
 
+def side_by_side(figures: Sequence[str]) -> str:
+    """Figures in a grid, as many in a row as there is room for; nothing where there are none."""
+    return f'<div class="charts">{"".join(figures)}</div>' if any(figures) else ""
+
+
 def table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
     """A table of texts that scrolls by itself where it is too wide; long texts break."""
     cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)

@@ -15,7 +15,7 @@ from moe.data.text import TextConfig
 from moe.data.tokenizer import open_tokenizer
 from moe.evaluation.charts import Series, heat_scale, heat_slider, heat_square, heat_strip, line_chart, number
 from moe.evaluation.examples import Examples, trace_examples
-from moe.evaluation.page import details, facts, page, paragraph, section, table
+from moe.evaluation.page import details, facts, page, paragraph, section, side_by_side, table
 from moe.evaluation.taken import pictures, texts
 from moe.files import AnyPath, describe, write_whole
 from moe.models import Batch, Variables, ViTConfig
@@ -125,20 +125,20 @@ def report_page(
         (
             section("Result", facts(_short(result)) if result else ""),
             section("Evaluation", facts(_short(evaluation)) if evaluation else ""),
-            section("Learning curves", _charts([*_curves(lines, _CURVES), *_own(lines)]), paragraph(no_lines)),
+            section("Learning curves", side_by_side([*_curves(lines, _CURVES), *_own(lines)]), paragraph(no_lines)),
             section(
                 "Load of the experts",
                 *_heat(read_lines(workdir / "load.jsonl"), config.moe.num_experts),
                 paragraph(no_load),
             ),
-            section("Routing", _charts(_layer_charts(lines))),
+            section("Routing", side_by_side(_layer_charts(lines))),
             section(
                 "Routing of the test set",
                 *(_diagnostics(routing["layers"]) if routing else ()),
                 paragraph(no_routing),
             ),
             section("What the experts take", _taken(config, examples, names), note=_NOTE),
-            section("Throughput", facts(_speed(lines)), _charts(_curves(lines, _SPEEDS))),
+            section("Throughput", facts(_speed(lines)), side_by_side(_curves(lines, _SPEEDS))),
             section(
                 "Config", facts(_main(stored)), details("All fields", json.dumps(stored, indent=2, sort_keys=True))
             ),
@@ -259,7 +259,7 @@ def _heat(lines: Sequence[Mapping[str, Any]], num_experts: int) -> list[str]:
     return [
         paragraph("Share of the rows over an even share."),
         heat_scale(),
-        _charts([heat_slider(steps, stack, called), *strips]),
+        side_by_side([heat_slider(steps, stack, called), *strips]),
     ]
 
 
@@ -287,7 +287,7 @@ def _diagnostics(layers: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for key, what in _SIMILARITIES.items()
     ]
     histogram = line_chart("Tokens by their number of experts", counts, along="experts")
-    return [table(["", *called], rows), _charts([histogram, *squares])]
+    return [table(["", *called], rows), side_by_side([histogram, *squares])]
 
 
 def _taken(config: Config, examples: Examples | None, names: Sequence[str]) -> str:
@@ -334,7 +334,3 @@ def _main(stored: Mapping[str, Any]) -> dict[str, Any]:
         if value is not None:
             found[path] = value
     return found
-
-
-def _charts(charts: Sequence[str]) -> str:
-    return f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""

@@ -24,9 +24,9 @@ class Series:
         self._settings = settings
         self._lines = {name: self._read(path) if goes_on else [] for name, path in self._paths.items()}
 
-    def steps(self, name: str) -> set[int]:
-        """The steps that a file has lines of."""
-        return {line["step"] for line in self._lines[name]}
+    def steps(self, name: str, **values: Any) -> set[int]:
+        """The steps that a file has lines of, with these values."""
+        return {line["step"] for line in self._lines[name] if all(line.get(key) == values[key] for key in values)}
 
     def add(self, results: dict[str, Line]) -> None:
         """A line with a "step" for each of some files, in the order of steps, instead of one of the same step."""
