@@ -13,9 +13,9 @@ that; how it did before stands beside it. "strength 30 to .001" falls geometrica
 more weights, there is a hard operator whose k falls from all weights to its own ("zeros rising"). Learning rate and
 strengths were chosen by accuracy on the last 287 training scans, by models that had not seen these.
 
-Two x86-64 cores shared with others, 5 minutes, 5 seeds: above the hard operator's own gradient; level with straight-through
-at a constant strength; with one that falls, level with zeros that rise up to 95 %, and above these at 98 %.
-`experiments/results/pruning.md` has all figures.
+Two x86-64 cores shared with others, 5 minutes, 5 seeds: above the hard operator's own gradient; level with
+straight-through at a constant strength; with one that falls, level with zeros that rise up to 95 %, and above these at
+98 %. `experiments/results/pruning.md` has all figures.
 """
 
 import functools
