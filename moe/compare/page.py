@@ -56,7 +56,9 @@ def html_page(comparison: Comparison) -> str:
     """The comparison as a page of its own."""
     groups, measures = comparison.groups, comparison.measures
     dots = [_dots(comparison, name) for name in measures]
-    curves = [line_chart(measure_name(name), _curves(groups, name)) for name, of in _CURVES.items() if of in measures]
+    shown = {name: _curves(groups, name) for name, of in _CURVES.items() if of in measures}
+    # What was measured once is no curve.
+    curves = [line_chart(measure_name(n), series) for n, series in shown.items() if any(len(s.x) > 1 for s in series)]
     means, *rows = estimate_rows(comparison)
     pairs = difference_rows(comparison)
     config = differing_rows(comparison)
