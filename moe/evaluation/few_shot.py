@@ -94,9 +94,9 @@ def probe(
 
     Shots are drawn `draws` times, as many of each class, and the rest of `train` is held out. l2: of 2^-10 to 2^20, for
     the classes of even and of odd number, the one of highest accuracy on what is held out of the other half of the
-    classes, on average over the draws; of equal ones the largest. accuracy: mean over the draws of `accuracies`, with
-    its standard_error. held_out_accuracy: that by which l2 was chosen. Raises ValueError where no number of shots can
-    be had, or there is one class.
+    classes, on average over the draws; of equal ones the largest. Where the two differ, no single classifier has the
+    accuracy. accuracy: mean over the draws of `accuracies`, with its standard_error. held_out_accuracy: that by which
+    l2 was chosen. Raises ValueError where no number of shots can be had, or there is one class.
     """
     if num_classes < 2:
         raise ValueError("there is one class: no other is left to choose the regularisation on.")
