@@ -23,8 +23,7 @@ from moe import config as config_lib
 from moe.checkpoint import Checkpoints
 from moe.checksums import name_leaves
 from moe.config import Config
-from moe.evaluation.report import read_lines
-from moe.files import AnyPath, open_path
+from moe.files import AnyPath, open_path, read_lines
 from moe.initial import load_initial, plan_initial
 from moe.layers.block import stacked_blocks
 from moe.parallel import hosts

@@ -79,10 +79,9 @@ def to_rows(samples: Sequence[Sample], baselines: Sequence[str]) -> list[Row]:
 
 
 def plus_minus(values: Sequence[float], sign: str = "") -> str:
-    """Mean ± standard error, to one more digit than the first of the error."""
-    mean, error, _ = estimate(values)
-    digits = min(4, max(0, 1 - math.floor(math.log10(error)))) if error > 0 else 4
-    return f"{mean:{sign}.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
+    """Mean ± standard error, two digits of this. sign: before a positive mean."""
+    found = estimate(values)
+    return f"{sign if found.mean > 0 else ''}{found}"
 
 
 def table(samples: Sequence[Sample], baselines: Sequence[str]) -> str:

@@ -34,7 +34,7 @@ import sweep
 from experiments import common
 from experiments.common import Sample
 from moe import config as config_lib
-from moe.evaluation.report import read_lines
+from moe.files import read_lines
 from moe.workdir import read_config
 
 ROOT = Path(__file__).parents[1]

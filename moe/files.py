@@ -1,6 +1,8 @@
-"""Paths of runs, on disks and on object storage (gs://, through etils' epath and gcsfs)."""
+"""Files of runs, on disks and on object storage (gs://, through etils' epath and gcsfs), and lines of JSON in them."""
 
 import importlib.util
+import json
+import sys
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -38,6 +40,28 @@ def write_whole(path: AnyPath, text: str) -> None:
         temporary.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def read_lines(path: AnyPath) -> list[dict[str, Any]]:
+    """The tables in a file of one JSON a line; [] where there is no file, and without what a crash has cut off."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    lines = []
+    for line in data.splitlines():
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
+            lines.append(value)
+    return lines
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number that a float can hold."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def describe(error: Exception) -> str:

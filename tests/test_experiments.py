@@ -35,7 +35,7 @@ def test_a_single_seed_has_no_standard_error(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit, match="2"):
         common.parse(common.parser(""), ["--seeds=1"])
     assert "a standard error takes at least 2." in capsys.readouterr().err
-    assert common.plus_minus([0.5]) == "0.5000"
+    assert common.plus_minus([0.5], "+") == "+0.5"
 
 
 # Pruning ------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from moe.compare.runs import Group
 from moe.compare.statistics import Comparison, Estimate
 from moe.evaluation.charts import Dots, Series, dot_chart, line_chart
 from moe.evaluation.page import details, page, section, side_by_side, table
-from moe.evaluation.report import is_number
+from moe.files import is_number
 
 # What is drawn over steps, where the runs have it and this measure compares.
 _CURVES = {"train/loss": "test/loss"} | {n: n for n in ("test/loss", "test/accuracy", "test/bits_per_byte")}

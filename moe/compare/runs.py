@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from moe import cli
 from moe.config import CHOICES
-from moe.evaluation.report import is_number, read_lines
-from moe.files import AnyPath
+from moe.files import AnyPath, is_number, read_lines
 from moe.models import MODELS
 from moe.workdir import read_config
 

@@ -2,7 +2,6 @@
 
 import json
 import statistics
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from moe.evaluation.charts import Series, heat_scale, heat_slider, heat_square, 
 from moe.evaluation.examples import Examples, trace_examples
 from moe.evaluation.page import details, facts, page, paragraph, section, side_by_side, table
 from moe.evaluation.taken import pictures, texts
-from moe.files import AnyPath, describe, write_whole
+from moe.files import AnyPath, describe, is_number, read_lines, write_whole
 from moe.models import Batch, Variables, ViTConfig
 from moe.parallel import hosts
 
@@ -176,28 +175,6 @@ def layer_names(config: Config) -> list[str]:
     if not model.moe_every:
         return []
     return [f"layer {index}" for index in range(model.dense_layers + model.moe_every - 1, model.depth, model.moe_every)]
-
-
-def read_lines(path: AnyPath) -> list[dict[str, Any]]:
-    """The tables in a file of one JSON a line; [] where there is no file, and without what a crash has cut off."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    lines = []
-    for line in data.splitlines():
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, dict) and isinstance(value.get("step"), int):
-            lines.append(value)
-    return lines
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number that a float can hold."""
-    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def _read_table(path: AnyPath) -> dict[str, Any]:
